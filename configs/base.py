@@ -1,0 +1,101 @@
+"""Every key that exists, its default, its unit and why: the reference page of the configuration.
+
+A config of one's own calls this get_config and changes the lines that differ; on the command line
+`--config.train.steps=100` does the same. Lengths are in tokens, widths in numbers, sizes in bytes
+where said so.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    c = ConfigDict()
+    c.name = "base"  # names the run; the default workdir is runs/<name>
+    c.seed = 0  # of the initial weights, the order of the data and dropout
+
+    c.task = ConfigDict()
+    c.task.name = "text"  # a row of fastformer.tasks.TASKS: what a batch, the loss and the metric are
+
+    c.data = ConfigDict()
+    c.data.source = "python_code"  # or python_docs, files:path/*.txt (.gz too), tfds:lm1b
+    c.data.directory = ""  # prepared data; "" is $FASTFORMER_DATA or ~/.cache/fastformer
+    c.data.tokeniser = "bytes"  # or bpe, trained on the train split and kept with the run
+    c.data.vocabulary = 4096  # tokens of a bpe tokeniser; bytes always has 257
+    c.data.length = 256  # T: tokens a row; documents are packed and cut to it
+
+    c.model = ConfigDict()
+    c.model.name = "decoder"  # a row of fastformer.models.MODELS
+    c.model.layers = 4  # L: blocks
+    c.model.width = 256  # D: of the residual stream
+    c.model.heads = 4  # H: query heads
+    c.model.kv_heads = 0  # G: key/value heads; 0 is as many as heads (MHA), 1 is MQA, between is GQA
+    c.model.head_width = 0  # K = P: of one head; 0 is width / heads
+    c.model.ff_width = 0  # F: hidden neurons of the MLP; 0 is 4 width (gelu) or 8/3 width (swiglu)
+    c.model.norm = "rms"  # or layer
+    c.model.mlp = "swiglu"  # or gelu
+    c.model.positions = "rope"  # or alibi, sinusoidal, learned, none
+    c.model.rope_base = 10000.0  # wavelength of the slowest pair, in units of 2 pi tokens
+    c.model.qk_norm = False  # RMS-normalise queries and keys per head
+    c.model.soft_cap = 0.0  # scores are soft_cap * tanh(scores / soft_cap); 0 is off
+    c.model.output_gate = False  # multiply what the mixer returns by a sigmoid gate of its input
+    c.model.tied = True  # embedding and output head share one matrix
+    c.model.dropout = 0.0  # rate on each branch before it joins the residual stream
+    c.model.dtype = "float32"  # or bfloat16: of activations; weights, norms and states stay float32
+    c.model.pattern = ()  # mixers by layer, repeated: ("local", "local", "softmax"); () is attention.name
+    c.model.attention = ConfigDict()
+    c.model.attention.name = "softmax"  # a row of fastformer.attention.VARIANTS; its own fields go beside it
+
+    c.train = ConfigDict()
+    c.train.steps = 1000  # optimiser steps of the whole run
+    c.train.batch = 32  # B: rows a step, over all devices
+
+    c.optimiser = ConfigDict()
+    c.optimiser.name = "adamw"  # a row of fastformer.train.optimiser.OPTIMISERS
+    c.optimiser.learning_rate = 3e-3  # at the top of the schedule
+    c.optimiser.warmup_steps = 100  # linear from 0
+    c.optimiser.final_fraction = 0.1  # cosine down to this fraction of the top
+    c.optimiser.b1 = 0.9  # decay of the first moment
+    c.optimiser.b2 = 0.95  # decay of the second moment
+    c.optimiser.weight_decay = 0.1  # on matrices only: neither norms, biases nor gates
+    c.optimiser.clip = 1.0  # global gradient norm; 0 is off
+
+    c.evaluate = ConfigDict()
+    c.evaluate.every = 500  # steps between evaluations on the held-out split; 0 is only at the end
+    c.evaluate.rows = 0  # held-out rows in an evaluation during training; 0 is all (the last one takes all)
+    c.evaluate.overlap = 0  # tokens of each held-out row that are context only, already scored before
+    c.evaluate.batch = 0  # rows at once; 0 is train.batch
+
+    c.checkpoint = ConfigDict()
+    c.checkpoint.every = 500  # steps between checkpoints; one more is written at the end
+    c.checkpoint.keep = 2  # newest checkpoints kept; the best on the held-out split is kept besides
+
+    c.log = ConfigDict()
+    c.log.every = 10  # steps between lines of metrics.jsonl and TensorBoard events
+
+    c.mesh = ConfigDict()  # devices along each axis; -1 is all that remain
+    c.mesh.data = -1  # copies of the model, each on its own rows
+    c.mesh.fsdp = 1  # shards of the weights, gathered when used; rows are split over it too
+    c.mesh.tensor = 1  # shards of heads, feed-forward neurons and vocabulary
+
+    c.sharding = ConfigDict()  # which mesh axes each letter of the alphabet is split over
+    c.sharding.B = ("data", "fsdp")
+    c.sharding.D = ("fsdp",)
+    c.sharding.H = ("tensor",)
+    c.sharding.G = ("tensor",)
+    c.sharding.F = ("tensor",)
+    c.sharding.V = ("tensor",)
+
+    c.generate = ConfigDict()
+    c.generate.tokens = 128  # at most, after the prompt
+    c.generate.temperature = 0.0  # 0 is greedy
+    c.generate.top_k = 0  # sample among the k likeliest; 0 is all
+    c.generate.top_p = 1.0  # sample among the likeliest that hold this probability
+    c.generate.seed = 0  # of sampling
+    c.generate.prompt = ""  # continued at the end of training, for result.json and report.md
+
+    c.benchmark = ConfigDict()
+    c.benchmark.variants = ()  # rows of the table to compare; () is all
+    c.benchmark.lengths = (512, 1024, 2048)  # T
+    c.benchmark.batch = 1  # B
+    c.benchmark.repeats = 5  # timed runs of each, alternating; the median is shown
+    return c

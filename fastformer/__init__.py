@@ -1,0 +1,1 @@
+"""fastformer: faster and smaller Transformers in JAX and Flax."""

@@ -1,0 +1,74 @@
+"""Floor 3: attention variants, one file a family, one table.
+
+To add a variant: a file with ``reference``, ``forward``, ``init_state`` and a Mixer on them, and a
+row below. The tests of all laws run over the table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from fastformer.attention.linear import LinearAttention
+from fastformer.attention.local import Local
+from fastformer.attention.mixer import Context, Mixer, able
+from fastformer.attention.softmax import Softmax
+from fastformer.core.errors import FieldError, lookup, nearest
+
+__all__ = ["Context", "Mixer", "VARIANTS", "check", "make", "own_fields"]
+
+VARIANTS: dict[str, type[Mixer]] = {
+    "softmax": Softmax,
+    "local": Local,
+    "linear": LinearAttention,
+}
+
+_SHARED = {field.name for field in dataclasses.fields(Mixer)}
+
+
+def own_fields(name: str) -> dict[str, Any]:
+    """Return ``{field: default}`` of what a variant adds to the shared wrapper.
+
+    Raises:
+      FieldError: there is no such variant.
+    """
+    fields = dataclasses.fields(lookup(VARIANTS, name, "name"))
+    return {field.name: field.default for field in fields if field.name not in _SHARED}
+
+
+def check(names: tuple[str, ...], options: Mapping[str, Any]) -> None:
+    """Check that every option is a field of a variant among ``names`` and has its type.
+
+    Raises:
+      FieldError: one is not; the line names the fields that exist.
+    """
+    known: dict[str, Any] = {}
+    for name in names:
+        known |= own_fields(name)
+    for key, value in options.items():
+        if key not in known:
+            of = " and ".join(dict.fromkeys(names))
+            raise FieldError(key, f"no such key{nearest(key, [*known, 'name'])} (keys of {of}: {', '.join(['name', *known])})")
+        kind = type(known[key])
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            if not (kind is float and type(value) is int):
+                raise FieldError(key, f"{value!r} is not of type {kind.__name__}")
+
+
+def make(name: str, options: Mapping[str, Any], shared: Mapping[str, Any], module_name: str | None = None) -> Mixer:
+    """Return the mixer ``name`` with those ``options`` that are its own and the ``shared`` fields.
+
+    Raises:
+      FieldError: an unknown name, a bad value, or something the variant cannot do.
+    """
+    variant = lookup(VARIANTS, name, "name")
+    ability = "bidirectional" if shared.get("bidirectional_mode") else "causal"
+    if not getattr(variant, ability):
+        raise FieldError("name", f"{name} is not {ability}; {able(ability)}")
+    if not variant.scores and (shared.get("positions") == "alibi" or shared.get("soft_cap")):
+        asked = "positions alibi" if shared.get("positions") == "alibi" else "soft_cap"
+        able_names = ", ".join(key for key, row in VARIANTS.items() if row.scores)
+        raise FieldError("name", f"{name} has no scores that {asked} could bend; variants that have: {able_names}")
+    mine = {key: value for key, value in options.items() if key in own_fields(name)}
+    return variant(**shared, **mine, name=module_name)

@@ -1,0 +1,182 @@
+"""Exact softmax attention over blocks: memory linear in T, only the blocks that can be seen.
+
+The pairs (query block, key block) that a Mask allows are known before the program runs, so one scan
+over that list does all the work, forward and backward, whatever the pattern. The forward pass keeps a
+running maximum and sum per query (Rabe & Staats 2021, 2112.05682; Milakov & Gimelshein 2018, 1805.02867);
+the backward pass computes the weights anew from the saved log-sum-exp (Dao et al. 2022, 2205.14135, algorithm 4).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fastformer.attention.scores import Bend, Mask
+from fastformer.core.layers import zero_padding
+from fastformer.core.seq import Seq
+
+BLOCK = 128
+
+
+class Plan(NamedTuple):
+    """What is known before the program runs: hashable, so that it can be a static argument."""
+
+    pairs: tuple[tuple[int, int], ...]
+    mask: Mask
+    bend: Bend
+    share: int  # M, query heads to a key/value head
+
+
+def attend(
+    q_BTHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGP: jax.Array,
+    q_seq: Seq,
+    k_seq: Seq,
+    mask: Mask = Mask(),
+    bend: Bend = Bend(),
+    *,
+    past: int | None = 0,
+    block: int = BLOCK,
+) -> jax.Array:
+    """Return ``softmax(q k^T / sqrt(K)) v``, [B, T, H, P] in the dtype of ``v``.
+
+    Args:
+      past: the first ``past`` keys stand before the first query, in any order; None when keys and
+        queries do not share a timeline (cross-attention).
+      block: tokens in a block.
+    """
+    batch, time, heads, _ = q_BTHK.shape
+    groups = k_BSGK.shape[2]
+    share = heads // groups
+    block = min(block, max(time, k_BSGK.shape[1]))
+    q_BTHK, k_BSGK, v_BSGP = (zero_padding(x, s) for x, s in ((q_BTHK, q_seq), (k_BSGK, k_seq), (v_BSGP, k_seq)))
+    q_NBGRK = _to_blocks(q_BTHK.reshape(batch, time, groups, share, -1), block)
+    # Rows of one product: the queries of a block, for each of the heads that share the keys.
+    q_NBGRK = q_NBGRK.transpose(0, 1, 3, 4, 2, 5).reshape(-1, batch, groups, share * block, q_BTHK.shape[-1])
+    k_NBGCK, v_NBGCP = (_to_blocks(x, block).transpose(0, 1, 3, 2, 4) for x in (k_BSGK, v_BSGP))
+    q_where, k_where = (Seq(*(_to_blocks(x, block) for x in s)) for s in (q_seq, k_seq))
+    plan = Plan(_pairs(len(q_NBGRK), len(k_NBGCK), block, mask, past), mask, bend, share)
+    y_NBGRP = _attend(plan, q_NBGRK, k_NBGCK, v_NBGCP, q_where, k_where)
+    y_NBGMCP = y_NBGRP.reshape(*y_NBGRP.shape[:3], share, block, -1)
+    y_BTHP = y_NBGMCP.transpose(1, 0, 4, 2, 3, 5).reshape(batch, -1, heads, v_BSGP.shape[-1])
+    return y_BTHP[:, :time].astype(v_BSGP.dtype)
+
+
+def _pairs(queries: int, keys: int, block: int, mask: Mask, past: int | None) -> tuple[tuple[int, int], ...]:
+    first_q, first_k = np.arange(queries) * block, np.arange(keys) * block
+    if past is None:
+        seen = np.ones((queries, keys), bool)
+    else:
+        seen = mask.blocks(first_q, first_k - past, block)
+        # The past is in any order (a ring): its blocks are seen by every query within reach of its end.
+        reach = (first_q < mask.window) if mask.window else np.ones(queries, bool)
+        seen |= reach[:, None] & (first_k < past)[None, :]
+    return tuple((int(i), int(j)) for i, j in np.argwhere(seen))
+
+
+def _to_blocks(x: jax.Array, block: int) -> jax.Array:
+    """``[B, T, …] -> [N, B, C, …]``, padded with zeros."""
+    short = -x.shape[1] % block
+    x = jnp.pad(x, [(0, 0), (0, short)] + [(0, 0)] * (x.ndim - 2))
+    x = x.reshape(x.shape[0], -1, block, *x.shape[2:])
+    return jnp.moveaxis(x, 1, 0)
+
+
+def _block_scores(plan: Plan, q_BGRK, k_BGCK, q_seq: Seq, k_seq: Seq):
+    """Return the scores [B, G, R, C], -inf where hidden, and their slope through the soft cap."""
+    scale = 1.0 / math.sqrt(q_BGRK.shape[-1])
+    scores = jnp.einsum("BGRK,BGCK->BGRC", q_BGRK, k_BGCK, preferred_element_type=jnp.float32) * scale
+    slope = None
+    if plan.bend.soft_cap:
+        squashed = jnp.tanh(scores / plan.bend.soft_cap)
+        scores, slope = squashed * plan.bend.soft_cap, 1.0 - squashed * squashed
+    batch, groups, _, size = scores.shape
+    split = scores.reshape(batch, groups, plan.share, -1, size)
+    if plan.bend.slopes:
+        distance = jnp.abs(q_seq.position_BT[:, :, None] - k_seq.position_BT[:, None, :]).astype(jnp.float32)
+        slopes = jnp.asarray(plan.bend.slopes, jnp.float32).reshape(1, groups, plan.share, 1, 1)
+        split = split - slopes * distance[:, None, None]
+    visible = plan.mask.visible(q_seq, k_seq)[:, None, None]
+    return jnp.where(visible, split, -jnp.inf).reshape(scores.shape), slope
+
+
+def _take(tree, index):
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), tree)
+
+
+def _put(x: jax.Array, index: jax.Array, value: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(x, value, index, 0)
+
+
+def _pair_arrays(plan: Plan) -> jax.Array:
+    return jnp.asarray(plan.pairs, jnp.int32).reshape(-1, 2)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(plan, q_NBGRK, k_NBGCK, v_NBGCP, q_seq, k_seq):
+    return _forward(plan, q_NBGRK, k_NBGCK, v_NBGCP, q_seq, k_seq)[0]
+
+
+def _forward(plan, q_NBGRK, k_NBGCK, v_NBGCP, q_seq, k_seq):
+    def visit(carry, pair):
+        top_N, total_N, y_N = carry
+        i, j = pair
+        v = _take(v_NBGCP, j)
+        scores, _ = _block_scores(plan, _take(q_NBGRK, i), _take(k_NBGCK, j), _take(q_seq, i), _take(k_seq, j))
+        top, total, y = _take(carry, i)
+        new_top = jnp.maximum(top, scores.max(axis=-1))
+        finite_top = jnp.where(new_top > -jnp.inf, new_top, 0.0)
+        weights = jnp.exp(scores - finite_top[..., None])
+        shrink = jnp.exp(top - finite_top)
+        total = total * shrink + weights.sum(axis=-1)
+        update = jnp.einsum("BGRC,BGCP->BGRP", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        y = y * shrink[..., None] + update
+        return (_put(top_N, i, new_top), _put(total_N, i, total), _put(y_N, i, y)), None
+
+    rows = q_NBGRK.shape[:-1]
+    start = (
+        jnp.full(rows, -jnp.inf, jnp.float32),
+        jnp.zeros(rows, jnp.float32),
+        jnp.zeros((*rows, v_NBGCP.shape[-1]), jnp.float32),
+    )
+    (top, total, y), _ = jax.lax.scan(visit, start, _pair_arrays(plan))
+    y = y / jnp.where(total > 0, total, 1.0)[..., None]
+    log_total = jnp.where(total > 0, top + jnp.log(jnp.where(total > 0, total, 1.0)), jnp.inf)
+    return y, (q_NBGRK, k_NBGCK, v_NBGCP, q_seq, k_seq, y, log_total)
+
+
+def _backward(plan, saved, dy_NBGRP):
+    q_NBGRK, k_NBGCK, v_NBGCP, q_seq, k_seq, y_NBGRP, log_total_NBGR = saved
+    inner_NBGR = jnp.sum(dy_NBGRP * y_NBGRP, axis=-1)
+    scale = 1.0 / math.sqrt(q_NBGRK.shape[-1])
+    dtype = v_NBGCP.dtype
+
+    def visit(carry, pair):
+        dq_N, dk_N, dv_N = carry
+        i, j = pair
+        q, k, v = _take(q_NBGRK, i), _take(k_NBGCK, j), _take(v_NBGCP, j)
+        dy, inner, log_total = _take((dy_NBGRP, inner_NBGR, log_total_NBGR), i)
+        scores, slope = _block_scores(plan, q, k, _take(q_seq, i), _take(k_seq, j))
+        weights = jnp.exp(scores - log_total[..., None])
+        dy = dy.astype(dtype)
+        dweights = jnp.einsum("BGRP,BGCP->BGRC", dy, v, preferred_element_type=jnp.float32)
+        dscores = weights * (dweights - inner[..., None]) * scale
+        dscores = (dscores if slope is None else dscores * slope).astype(dtype)
+        dq = jnp.einsum("BGRC,BGCK->BGRK", dscores, k, preferred_element_type=jnp.float32)
+        dk = jnp.einsum("BGRC,BGRK->BGCK", dscores, q, preferred_element_type=jnp.float32)
+        dv = jnp.einsum("BGRC,BGRP->BGCP", weights.astype(dtype), dy, preferred_element_type=jnp.float32)
+        sums = (_put(dq_N, i, _take(dq_N, i) + dq), _put(dk_N, j, _take(dk_N, j) + dk))
+        return (*sums, _put(dv_N, j, _take(dv_N, j) + dv)), None
+
+    start = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q_NBGRK, k_NBGCK, v_NBGCP))
+    (dq, dk, dv), _ = jax.lax.scan(visit, start, _pair_arrays(plan))
+    return dq.astype(q_NBGRK.dtype), dk.astype(k_NBGCK.dtype), dv.astype(dtype), None, None
+
+
+_attend.defvjp(_forward, _backward)

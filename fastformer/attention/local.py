@@ -1,0 +1,100 @@
+"""Local attention: softmax over a sliding window of tokens (Beltagy et al. 2020, 2004.05150, section 3.1)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from fastformer.attention import cache
+from fastformer.attention.blocked import BLOCK, attend
+from fastformer.attention.cache import KVState
+from fastformer.attention.mixer import Mixer
+from fastformer.attention.scores import Bend, Mask, reference_attention
+from fastformer.attention.softmax import stream
+from fastformer.core.errors import require
+from fastformer.core.seq import Seq
+
+
+def reference(
+    q_BTHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGP: jax.Array,
+    *,
+    seq: Seq,
+    window: int,
+    causal: bool = True,
+    bend: Bend = Bend(),
+) -> jax.Array:
+    """Return softmax attention under a dense mask of tokens less than ``window`` apart, float32."""
+    return reference_attention(q_BTHK, k_BSGK, v_BSGP, seq, seq, Mask(causal, window), bend)
+
+
+def forward(
+    q_BTHK: jax.Array,
+    k_BTGK: jax.Array,
+    v_BTGP: jax.Array,
+    *,
+    seq: Seq,
+    window: int,
+    state: KVState | None = None,
+    causal: bool = True,
+    bend: Bend = Bend(),
+    block: int = BLOCK,
+) -> tuple[jax.Array, KVState | None]:
+    """Return ``(y_BTHP, state)`` from the blocks that the window touches.
+
+    Args:
+      window: W; a token sees itself and the W - 1 before it (and after it when not causal).
+      block: tokens in a block.
+    """
+    mask = Mask(causal, window)
+    if not causal:
+        return attend(q_BTHK, k_BTGK, v_BTGP, seq, seq, mask, bend, block=block), None
+    y_BTHP, grown = stream(q_BTHK, k_BTGK, v_BTGP, seq, state, mask, bend, block=block)
+    if state is not None:
+        return y_BTHP, grown
+    empty = cache.empty(len(k_BTGK), window, k_BTGK.shape[2], (k_BTGK.shape[3], v_BTGP.shape[3]), k_BTGK.dtype)
+    return y_BTHP, cache.append(empty, k_BTGK, v_BTGP, seq)
+
+
+def init_state(
+    batch: int, capacity: int, dtype: jnp.dtype, *, window: int, kv_heads: int, key_width: int, value_width: int
+) -> KVState:
+    """Return an empty ring of W slots: B W G (K + P) elements of ``dtype`` and its indices, whatever the capacity."""
+    return cache.empty(batch, window, kv_heads, (key_width, value_width), dtype)
+
+
+class Local(Mixer):
+    """Sliding-window attention: O(T W) to train, a ring buffer of W slots as state.
+
+    Attributes:
+      window: W in tokens, itself among them.
+    """
+
+    causal: ClassVar[bool] = True
+    bidirectional: ClassVar[bool] = True
+    streaming: ClassVar[bool] = True
+    scores: ClassVar[bool] = True
+    small: ClassVar[dict] = {"window": 16}
+
+    window: int = 128
+
+    def __post_init__(self):
+        require(isinstance(self.window, int) and self.window >= 1, "window", self.window, "a number of tokens, 1 or more")
+        super().__post_init__()
+
+    def mix(self, x_BTD, qkv, seqs, state):
+        causal = not self.bidirectional_mode
+        return forward(*qkv, seq=seqs[0], window=self.window, state=state, causal=causal, bend=self.bend)
+
+    def refer(self, x_BTD, qkv, seqs):
+        causal = not self.bidirectional_mode
+        return reference(*qkv, seq=seqs[0], window=self.window, causal=causal, bend=self.bend)
+
+    def init_state(self, batch, capacity, dtype=None):
+        widths = {"key_width": self.head_width, "value_width": self.head_width}
+        return init_state(
+            batch, capacity, dtype or self.dtype, window=self.window, kv_heads=self.groups, **widths
+        )

@@ -1,0 +1,86 @@
+"""What variants with scores share: who sees whom, how a score is bent, and the dense truth."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fastformer.core.layers import zero_padding
+from fastformer.core.seq import Seq
+
+
+class Mask(NamedTuple):
+    """Who sees whom within a segment.
+
+    Attributes:
+      causal: keys after the query are hidden.
+      window: keys at a distance of ``window`` tokens or more are hidden; 0 is no limit.
+    """
+
+    causal: bool = True
+    window: int = 0
+
+    def visible(self, q_seq: Seq, k_seq: Seq) -> jax.Array:
+        """Return the boolean mask [B, T, S] of query and key tokens."""
+        same = q_seq.segment_BT[:, :, None] == k_seq.segment_BT[:, None, :]
+        distance = q_seq.position_BT[:, :, None] - k_seq.position_BT[:, None, :]
+        seen = same & (k_seq.segment_BT > 0)[:, None, :]
+        if self.causal:
+            seen &= distance >= 0
+        if self.window:
+            seen &= jnp.abs(distance) < self.window
+        return seen
+
+    def blocks(self, first_q: np.ndarray, first_k: np.ndarray, size: int) -> np.ndarray:
+        """Return which key blocks can hold a key that a query block sees, [queries, keys] bool.
+
+        Args:
+          first_q: index in time of each query block's first token; first_k: the same of keys.
+          size: tokens in a block.
+        """
+        distance = first_q[:, None] - first_k[None, :]
+        seen = np.ones(distance.shape, bool)
+        if self.causal:
+            seen &= distance > -size
+        if self.window:
+            seen &= np.abs(distance) < self.window + size - 1
+        return seen
+
+
+class Bend(NamedTuple):
+    """What happens to a score between the product and the softmax.
+
+    Attributes:
+      soft_cap: scores are ``soft_cap * tanh(scores / soft_cap)``; 0 is off (Gemma 2, 2408.00118, section 2).
+      slopes: per head, times the distance is taken off the score (ALiBi, 2108.12409); () is off.
+    """
+
+    soft_cap: float = 0.0
+    slopes: tuple[float, ...] = ()
+
+
+def reference_attention(
+    q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGP: jax.Array, q_seq: Seq, k_seq: Seq, mask: Mask, bend: Bend
+) -> jax.Array:
+    """Return ``softmax(q k^T / sqrt(K)) v`` by the dense mask, [B, T, H, P] float32.
+
+    Vaswani et al. 2017, 1706.03762, eq. 1. A query that sees no key returns zero.
+    """
+    heads = q_BTHK.shape[2]
+    q_BTHK = zero_padding(q_BTHK, q_seq).astype(jnp.float32)
+    k_BSHK = jnp.repeat(zero_padding(k_BSGK, k_seq), heads // k_BSGK.shape[2], axis=2).astype(jnp.float32)
+    v_BSHP = jnp.repeat(zero_padding(v_BSGP, k_seq), heads // v_BSGP.shape[2], axis=2).astype(jnp.float32)
+    scores_BHTS = jnp.einsum("BTHK,BSHK->BHTS", q_BTHK, k_BSHK) / math.sqrt(q_BTHK.shape[-1])
+    if bend.soft_cap:
+        scores_BHTS = bend.soft_cap * jnp.tanh(scores_BHTS / bend.soft_cap)
+    if bend.slopes:
+        distance_BTS = jnp.abs(q_seq.position_BT[:, :, None] - k_seq.position_BT[:, None, :])
+        slopes_H = jnp.asarray(bend.slopes, jnp.float32).reshape(1, heads, 1, 1)
+        scores_BHTS -= slopes_H * distance_BTS[:, None].astype(jnp.float32)
+    visible_BTS = mask.visible(q_seq, k_seq)[:, None]
+    weights_BHTS = jax.nn.softmax(jnp.where(visible_BTS, scores_BHTS, -1e30), axis=-1)
+    return jnp.einsum("BHTS,BSHP->BTHP", jnp.where(visible_BTS, weights_BHTS, 0.0), v_BSHP)

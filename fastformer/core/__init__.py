@@ -1,0 +1,1 @@
+"""Floor 1: the alphabet, errors, configuration, precision, mesh and tree paths."""

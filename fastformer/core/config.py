@@ -1,0 +1,196 @@
+"""Configurations: load a file, apply ``--config.a.b=value``, hand each section to its owner."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import hashlib
+import importlib.util
+import inspect
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
+
+from ml_collections import ConfigDict, config_dict
+
+from fastformer.core.errors import FieldError, UserError, nearest
+
+Section = TypeVar("Section")
+
+# Sections whose keys depend on a name chosen in them: a key that is not there yet may be added,
+# and whoever owns the section rejects those that it does not know.
+OPEN_SECTIONS = ("model.attention",)
+
+
+def load_module(path: str) -> ModuleType:
+    """Import the Python file at ``path``.
+
+    Raises:
+      UserError: there is no such file, or it fails on import.
+    """
+    file = Path(path)
+    if not file.is_file():
+        siblings = [str(p) for p in file.parent.glob("*.py")] if file.parent.is_dir() else []
+        raise UserError(f"--config: no file {path}{nearest(path, siblings)}")
+    spec = importlib.util.spec_from_file_location(f"_config_{file.stem}", file)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"--config: {path} cannot be imported: {type(error).__name__}: {error}") from error
+    return module
+
+
+def load(path_and_arg: str, overrides: Iterable[tuple[str, str]] = ()) -> ConfigDict:
+    """Return the locked configuration that ``path.py`` or ``path.py:arg`` describes.
+
+    Args:
+      path_and_arg: a file with ``get_config()`` or ``get_config(arg)``.
+      overrides: pairs such as ``("train.steps", "100")``, applied in order.
+
+    Raises:
+      UserError: no such file or argument, an unknown key, or a value of the wrong type.
+    """
+    path, _, arg = path_and_arg.partition(":")
+    module = load_module(path)
+    if not hasattr(module, "get_config"):
+        raise UserError(f"--config: {path} has no get_config()")
+    arms = getattr(module, "ARMS", None)
+    if arg and arms is not None and arg not in arms:
+        raise UserError(f"--config: {path} has no arm {arg!r}{nearest(arg, arms)} (arms: {', '.join(arms)})")
+    parameters = inspect.signature(module.get_config).parameters.values()
+    needs_arg = any(p.default is p.empty for p in parameters)
+    if arg and not parameters:
+        raise UserError(f"--config: {path} takes no argument, got {arg!r}")
+    if needs_arg and not arg:
+        raise UserError(f"--config: {path} needs an arm, as in {path}:{next(iter(arms or ['ARM']))}")
+    config = module.get_config(arg) if arg else module.get_config()
+    config = ConfigDict(config.to_dict()).lock()
+    for key, text in overrides:
+        set_key(config, key, text)
+    return config
+
+
+def set_key(config: ConfigDict, key: str, text: Any) -> None:
+    """Set ``config.<key>`` from the text of a flag (or from a value that is none).
+
+    Raises:
+      UserError: the key does not exist (with the nearest that does), or the type is wrong.
+    """
+    *parents, leaf = key.split(".")
+    node, walked = config, "config"
+    for name in parents:
+        if name not in node or not isinstance(node[name], ConfigDict):
+            sections = [k for k in node if isinstance(node[k], ConfigDict)]
+            raise UserError(f"{walked}.{name}: no such section{nearest(name, sections)}")
+        node, walked = node[name], f"{walked}.{name}"
+    if leaf not in node:
+        if ".".join(parents) not in OPEN_SECTIONS:
+            raise UserError(
+                f"{walked}.{leaf}: no such key{nearest(leaf, node)} (keys: {', '.join(sorted(node))})"
+            )
+        with node.unlocked():
+            node[leaf] = _literal(text)
+        return
+    old = node[leaf]
+    if isinstance(old, ConfigDict):
+        raise UserError(f"{walked}.{leaf}: is a section; set one of its keys ({', '.join(sorted(old))})")
+    node[leaf] = _typed(text, old, f"{walked}.{leaf}")
+
+
+def _literal(text: Any) -> Any:
+    if not isinstance(text, str):
+        return text
+    if text.lower() in ("true", "false", "none"):
+        return {"true": True, "false": False, "none": None}[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _typed(text: Any, old: Any, path: str) -> Any:
+    """Return ``text`` as a value of the type of ``old``; ints pass for floats, not vice versa."""
+    if isinstance(old, str):
+        return str(text)
+    value = _literal(text)
+    if isinstance(old, (tuple, list)):
+        if isinstance(value, str):
+            value = tuple(part.strip() for part in value.strip("()[]").split(",") if part.strip())
+        good = isinstance(value, (tuple, list))
+        value = tuple(value) if good else value
+    elif isinstance(old, bool):
+        good = isinstance(value, bool)
+    elif isinstance(old, float):
+        good = isinstance(value, (int, float)) and not isinstance(value, bool)
+        value = float(value) if good else value
+    else:
+        good = isinstance(value, int) and not isinstance(value, bool)
+    if not good:
+        raise UserError(f"{path}: {text!r} is not of type {type(old).__name__} (it was {old!r})")
+    return value
+
+
+def section(cls: type[Section], config: ConfigDict, path: str) -> Section:
+    """Return ``cls(**config.<path>)``, the section's owner; an owner is a frozen dataclass.
+
+    Raises:
+      UserError: a key that the owner does not have, one that is missing, or a value that the
+        owner's ``__post_init__`` refuses; the line starts with the whole path of the field.
+    """
+    values = config
+    for name in path.split("."):
+        values = values[name]
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    for key in values:
+        if key not in fields:
+            raise UserError(f"config.{path}.{key}: no such key{nearest(key, fields)} (keys: {', '.join(fields)})")
+    for name, field in fields.items():
+        if name not in values and field.default is field.default_factory is dataclasses.MISSING:
+            raise UserError(f"config.{path}.{name}: is missing; configs/base.py shows its default")
+    try:
+        return cls(**{k: _plain(v) for k, v in values.items()})
+    except FieldError as error:
+        raise UserError(f"config.{path}.{error.field}: {error.message}") from error
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, ConfigDict):
+        return {k: _plain(v) for k, v in value.items()}
+    return tuple(value) if isinstance(value, list) else value
+
+
+def to_json(config: ConfigDict) -> str:
+    """Return the configuration as JSON with sorted keys: what ``config.json`` holds."""
+    return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
+
+
+def from_json(text: str) -> ConfigDict:
+    """Return the locked configuration that ``to_json`` wrote."""
+    return config_dict.ConfigDict(json.loads(text)).lock()
+
+
+def sha256(config: ConfigDict) -> str:
+    """Return the SHA-256 of ``to_json(config)``, in hexadecimal."""
+    return hashlib.sha256(to_json(config).encode()).hexdigest()
+
+
+def differences(old: ConfigDict, new: ConfigDict) -> list[tuple[str, Any, Any]]:
+    """Return ``(key, old value, new value)`` of every leaf in which two configurations differ."""
+    old_flat, new_flat = flatten(old), flatten(new)
+    keys = sorted(set(old_flat) | set(new_flat))
+    pairs = ((key, old_flat.get(key), new_flat.get(key)) for key in keys)
+    return [(key, a, b) for key, a, b in pairs if a != b]
+
+
+def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """Return ``{"train.steps": 100, …}``: every leaf under its dotted key, sequences as tuples."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = tuple(value) if isinstance(value, list) else value
+    return flat

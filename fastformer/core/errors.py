@@ -1,0 +1,45 @@
+"""The user's mistakes, each said in one line."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+Value = TypeVar("Value")
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: shown as one line, without a traceback, exit code 2."""
+
+
+class FieldError(UserError):
+    """A bad value of one field; whoever knows the field's section puts its path in front."""
+
+    def __init__(self, field: str, message: str):
+        super().__init__(f"{field}: {message}")
+        self.field, self.message = field, message
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """Return ``"; did you mean X?"`` for the closest of ``names``, or an empty string."""
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def lookup(table: dict[str, Value], name: str, field: str) -> Value:
+    """Return ``table[name]``.
+
+    Raises:
+      FieldError: ``name`` is not in the table; the line lists what is and the nearest name.
+    """
+    if name not in table:
+        allowed = ", ".join(table)
+        raise FieldError(field, f"{name!r} is unknown{nearest(str(name), table)} (allowed: {allowed})")
+    return table[name]
+
+
+def require(ok: bool, field: str, value: Any, allowed: str) -> None:
+    """Raise a FieldError unless ``ok``; ``allowed`` says in words which values are."""
+    if not ok:
+        raise FieldError(field, f"{value!r} is not allowed; it must be {allowed}")

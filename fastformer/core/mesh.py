@@ -1,0 +1,100 @@
+"""The device mesh, and the letters that are split over its axes."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+
+from fastformer.core.alphabet import LETTERS
+from fastformer.core.errors import FieldError, UserError, lookup, require
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; -1 is all that remain (at most one axis)."""
+
+    data: int
+    fsdp: int
+    tensor: int
+
+    def __post_init__(self) -> None:
+        sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+        for name, size in sizes.items():
+            require(size >= 1 or size == -1, name, size, "a number of devices, or -1 for all that remain")
+        free = [name for name, size in sizes.items() if size == -1]
+        if len(free) > 1:
+            raise FieldError(free[1], "only one axis may be -1")
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """Return the mesh with axes data, fsdp and tensor over ``devices`` (default: all).
+
+    Raises:
+      UserError: the axes do not multiply to a number of devices that is there.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
+    fixed = math.prod(size for size in sizes.values() if size > 0)
+    if -1 in sizes.values():
+        sizes = {name: len(devices) // fixed if size == -1 else size for name, size in sizes.items()}
+    if math.prod(sizes.values()) != len(devices):
+        asked = " x ".join(f"{name} {size}" for name, size in sizes.items())
+        raise UserError(f"config.mesh: {asked} is not the {len(devices)} devices that are here")
+    # Explicit axes, the default of make_mesh, are not supported by linen's logical axes.
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), (AxisType.Auto,) * 3, devices=devices)
+
+
+def rules(sharding: Mapping[str, tuple[str, ...]]) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """Return flax's logical axis rules from the config's letters; the first rule wins an axis.
+
+    Raises:
+      UserError: a key that is no letter, or a mesh axis that does not exist.
+    """
+    for letter, axes in sharding.items():
+        lookup(LETTERS, letter, "config.sharding")
+        for axis in axes:
+            lookup({"data": 0, "fsdp": 0, "tensor": 0}, axis, f"config.sharding.{letter}")
+    return tuple((letter, tuple(axes)) for letter, axes in sharding.items())
+
+
+@contextlib.contextmanager
+def use(mesh: Mesh, axis_rules: tuple[tuple[str, tuple[str, ...]], ...]) -> Iterator[None]:
+    """Within it, ``constrain`` and logical parameter axes mean this mesh.
+
+    It must be jax.set_mesh: under the older ``with mesh:`` flax's constraints do nothing.
+    """
+    with jax.set_mesh(mesh), nn.logical_axis_rules(axis_rules):
+        yield
+
+
+def shardings(boxed: Any, mesh: Mesh, axis_rules: tuple[tuple[str, tuple[str, ...]], ...]) -> Any:
+    """Return the NamedShardings of a tree whose leaves carry their letters (nn.Partitioned)."""
+    return nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, axis_rules)
+
+
+def check_divisible(sizes: Mapping[str, tuple[str, int]], mesh: Mesh, axis_rules: Any) -> None:
+    """Check that every size splits evenly over its mesh axes.
+
+    Args:
+      sizes: letter -> (config key, size).
+
+    Raises:
+      UserError: one does not.
+    """
+    for letter, axes in axis_rules:
+        key, size = sizes.get(letter, ("", 0))
+        shards = math.prod(mesh.shape[axis] for axis in axes)
+        if size % shards:
+            raise UserError(f"config.{key}: {size} does not split over the {shards} devices of {' x '.join(axes)}")
+
+
+def batch_sharding(mesh: Mesh, axis_rules: Any) -> NamedSharding:
+    """Return the sharding of an array whose first axis is B and whose others are whole."""
+    return NamedSharding(mesh, nn.logical_to_mesh_axes(("B",), axis_rules))

@@ -1,0 +1,185 @@
+"""A prepared text: batches to train on, held-out batches, and the yardsticks of its held-out bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import hashlib
+import json
+import lzma
+from collections.abc import Iterator
+from pathlib import Path
+
+import grain
+import numpy as np
+
+from fastformer.core.errors import UserError, require
+from fastformer.data import stream
+from fastformer.data.atomic import atomic, make_directory
+from fastformer.data.config import DataConfig
+from fastformer.data.corpus import LAYOUT, Corpus
+from fastformer.data.rows import PADDING, Batch, Rows
+from fastformer.data.sources import SOURCES, split_source
+from fastformer.data.splits import SPLITS
+from fastformer.data.tokenisers import FILE, BPETokeniser, ByteTokeniser, Tokeniser, load_tokeniser
+
+RECORD = "data.json"  # in a run's workdir
+
+
+class TextData:
+    """The two splits of a text as tokens.
+
+    Attributes:
+      tokeniser: of its tokens.
+      description: one line: source, documents, bytes, tokens.
+      heldout_bytes: UTF-8 bytes of the held-out documents.
+      heldout_targets: tokens predicted in them, ends of documents included.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        tokeniser: Tokeniser,
+        streams: dict[str, stream.Stream],
+        title: str,
+        folder: Path,
+    ):
+        self.tokeniser, self._folder, self._config = tokeniser, folder, config
+        self._train, self._heldout = (streams[split].tokens for split in SPLITS)
+        train, heldout = (streams[split].counts for split in SPLITS)
+        self.heldout_bytes, self.heldout_targets = heldout.bytes, len(self._heldout) - 1
+        self.description = (
+            f"{title}: {train.documents:,} + {heldout.documents:,} documents, "
+            f"{train.bytes:,} + {heldout.bytes:,} bytes, "
+            f"{train.tokens:,} + {heldout.tokens:,} tokens (train + held out), "
+            f"vocabulary {tokeniser.size} ({config.tokeniser})"
+        )
+
+    def train_iterator(
+        self, batch: int, seed: int, process_index: int = 0, process_count: int = 1
+    ) -> grain.DatasetIterator[Batch]:
+        """Return an endless iterator of batches ``[batch / process_count, T]``, in a new order every epoch.
+
+        An epoch takes every row once, over all processes together, but for the last incomplete batch.
+        Its batches hold the same rows whatever the number of processes. ``get_state()`` is one number.
+
+        Raises:
+          UserError: fewer rows than a batch, or a batch that does not split over the processes.
+        """
+        allowed = f"a number of rows that splits over {process_count} process(es)"
+        require(batch >= 1 and batch % process_count == 0, "config.train.batch", batch, allowed)
+        require(seed >= 0, "config.seed", seed, "0 or more")
+        rows = Rows(self._train, self.tokeniser.eod, self._config.length)
+        if rows.targets < batch * rows.length:
+            raise UserError(
+                f"config.data.source: {self._config.source} has {len(self._train):,} tokens to train on, "
+                f"fewer than one batch of {batch} rows of {rows.length}; "
+                "lower config.train.batch or config.data.length"
+            )
+        # Grain shuffles epoch e by seed + e: neighbouring seeds would share their epochs.
+        order = int(np.random.SeedSequence(seed).generate_state(1)[0])
+        whole = len(rows) - len(rows) % batch
+        mine = grain.MapDataset.range(len(rows)).shuffle(order)[:whole][process_index::process_count]
+        # A batch is cut from the stream at once: much faster than row by row.
+        batches = mine.batch(batch // process_count, batch_fn=rows.batch).repeat()
+        return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
+
+    def heldout_rows(self, overlap: int = 0) -> int:
+        """Return the number of held-out rows of which neighbours share ``overlap`` tokens.
+
+        Raises:
+          UserError: the overlap is not below the rows' length.
+        """
+        return len(self._heldout_rows(overlap))
+
+    def heldout_batches(self, batch: int, overlap: int = 0, limit: int = 0) -> Iterator[Batch]:
+        """Yield the first ``limit`` held-out rows (0: all) in order, ``[batch, T]``, the last padded."""
+        rows, count = self._heldout_rows(overlap), self._limit(limit, overlap)
+        for start in range(0, count, batch):
+            chosen = range(start, min(start + batch, count))
+            yield rows.batch([*chosen, *[PADDING] * (batch - len(chosen))])
+
+    def heldout_bytes_of(self, limit: int = 0, overlap: int = 0) -> int:
+        """Return the bytes of the targets that the first ``limit`` held-out rows (0: all) count."""
+        scored = self._heldout_rows(overlap).scored(self._limit(limit, overlap))
+        return int(self.tokeniser.byte_lengths[self._heldout[1 : 1 + scored]].sum())
+
+    def yardsticks(self) -> dict[str, float]:
+        """Return the bits per byte of gzip -9 and xz -9 on the held-out documents, one after another."""
+        path = self._folder / "yardsticks.json"
+        with contextlib.suppress(OSError, ValueError):
+            return json.loads(path.read_text())
+        data = self.tokeniser.to_bytes(self._heldout.tolist())
+        packed = {"gzip": gzip.compress(data, 9), "xz": lzma.compress(data, preset=9)}
+        found = {f"{name}_bits_per_byte": 8 * len(pack) / len(data) for name, pack in packed.items()}
+        with atomic(path) as file:
+            file.write(json.dumps(found).encode())
+        return found
+
+    def _heldout_rows(self, overlap: int) -> Rows:
+        length = self._config.length
+        allowed = f"from 0 to {length - 1}, below config.data.length"
+        require(0 <= overlap < length, "config.evaluate.overlap", overlap, allowed)
+        return Rows(self._heldout, self.tokeniser.eod, length, overlap)
+
+    def _limit(self, limit: int, overlap: int) -> int:
+        rows = self.heldout_rows(overlap)
+        return min(limit, rows) if limit else rows
+
+
+def open_data(config: DataConfig, workdir: Path | None) -> TextData:
+    """Prepare the text of ``config``, or find it prepared, and keep tokeniser and record in ``workdir``.
+
+    Raises:
+      UserError: the source is missing, empty or unreadable, or not what the run in ``workdir`` began with.
+    """
+    key, argument = split_source(config.source)
+    root = make_directory(config.root(), "config.data.directory")
+    corpus = SOURCES[key].open(argument, root)
+    if workdir is not None:
+        _keep_record(corpus, workdir)
+    tokeniser = _tokeniser(config, corpus, root, workdir)
+    folder = make_directory(root / f"tokens-{_key(corpus, tokeniser.fingerprint)}", "config.data.directory")
+    streams = stream.load(folder, SPLITS)
+    if streams is None:
+        streams = stream.store(folder, {split: corpus.documents(split) for split in SPLITS}, tokeniser)
+    for split in SPLITS:
+        if not streams[split].counts.bytes:
+            raise UserError(f"config.data.source: {config.source} has no text in its {split} split")
+    return TextData(config, tokeniser, streams, corpus.title, folder)
+
+
+def _key(corpus: Corpus, *parts: str) -> str:
+    return hashlib.sha256("\n".join((str(LAYOUT), corpus.fingerprint, *parts)).encode()).hexdigest()[:24]
+
+
+def _keep_record(corpus: Corpus, workdir: Path) -> None:
+    """Write which text the run is on, or check that it still is that one."""
+    path = Path(workdir) / RECORD
+    record = {"title": corpus.title, "fingerprint": f"{LAYOUT} {corpus.fingerprint}"}
+    if not path.exists():
+        with atomic(path) as file:
+            file.write(json.dumps(record, indent=2).encode())
+    elif (old := json.loads(path.read_text()))["fingerprint"] != record["fingerprint"]:
+        raise UserError(
+            f"config.data.source: {corpus.title} is not the text that the run in {workdir} began with "
+            f"({old['title']}): it has changed since; choose another workdir"
+        )
+
+
+def _tokeniser(config: DataConfig, corpus: Corpus, root: Path, workdir: Path | None) -> Tokeniser:
+    """Return the run's tokeniser: the one in ``workdir``, else the cached one, else a new one."""
+    if workdir is not None and (Path(workdir) / FILE).exists():
+        return load_tokeniser(workdir)
+    tokeniser: Tokeniser = ByteTokeniser()
+    if config.tokeniser == "bpe":
+        home = root / f"bpe-{_key(corpus, str(config.vocabulary))}"
+        try:
+            tokeniser = load_tokeniser(home)
+        except UserError:
+            make_directory(home, "config.data.directory")
+            tokeniser = BPETokeniser.train(corpus.documents("train"), config.vocabulary)
+            tokeniser.save(home)
+    if workdir is not None:
+        tokeniser.save(workdir)
+    return tokeniser

@@ -1,0 +1,58 @@
+"""The one block: a mixer over time, then an MLP over width, each on a normalised residual stream."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from fastformer.core.alphabet import constrain
+from fastformer.core.dtypes import COMPUTE
+from fastformer.core.layers import LayerNorm, Linear, RMSNorm
+from fastformer.core.seq import Seq
+from fastformer.models.config import ModelConfig
+
+NORM_LAYERS = {"rms": RMSNorm, "layer": LayerNorm}
+
+
+class MLP(nn.Module):
+    """``gelu(x W) W'`` or ``(silu(x W) * x U) W'`` (SwiGLU: Shazeer 2020, 2002.05202, eq. 6)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        c, dtype = self.config, COMPUTE[self.config.dtype]
+        up = (c.width, c.hidden)
+        h_BTF = Linear("BTD,DF->BTF", up, dtype=dtype, name="up")(x_BTD)
+        if c.mlp == "swiglu":
+            h_BTF *= nn.silu(Linear("BTD,DF->BTF", up, dtype=dtype, name="gate")(x_BTD))
+        else:
+            h_BTF = nn.gelu(h_BTF)
+        scale = (2 * c.layers) ** -0.5  # GPT-2: branches that join a stream of 2 L of them
+        return Linear("BTF,FD->BTD", up[::-1], scale, dtype, name="down")(h_BTF)
+
+
+class Block(nn.Module):
+    """``x + mixer(norm(x))``, then ``x + mlp(norm(x))`` (pre-norm: Xiong et al. 2020, 2002.04745)."""
+
+    config: ModelConfig
+    layer: int
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: jax.Array, seq: Seq, state: Any = None, deterministic: bool = True
+    ) -> tuple[jax.Array, Any]:
+        """Return ``(x_BTD, state)``."""
+        norm, rate = NORM_LAYERS[self.config.norm], self.config.dropout
+        mixed, state = self.config.mixer(self.layer)(norm(name="mixer_norm")(x_BTD), seq, state)
+        x_BTD += nn.Dropout(rate)(mixed, deterministic=deterministic)
+        h_BTD = MLP(self.config, name="mlp")(norm(name="mlp_norm")(x_BTD))
+        return constrain(x_BTD + nn.Dropout(rate)(h_BTD, deterministic=deterministic), "BTD"), state
+
+
+def embedding_init(width: int) -> nn.initializers.Initializer:
+    """Return the initialiser of embeddings: with a tied head, logits of deviation one."""
+    return nn.initializers.normal(jnp.sqrt(1.0 / width))

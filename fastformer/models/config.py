@@ -1,0 +1,123 @@
+"""The section config.model: what a model is made of, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from flax.core import FrozenDict
+
+from fastformer.attention import VARIANTS, check, make
+from fastformer.attention.positions import KINDS
+from fastformer.core.dtypes import COMPUTE
+from fastformer.core.errors import FieldError, lookup, require
+
+NORMS = ("rms", "layer")
+MLPS = ("swiglu", "gelu")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and kinds of a model; configs/base.py says what each field means.
+
+    Raises:
+      FieldError: a field, or two together, cannot be.
+    """
+
+    name: str
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_width: int
+    ff_width: int
+    norm: str
+    mlp: str
+    positions: str
+    rope_base: float
+    qk_norm: bool
+    soft_cap: float
+    output_gate: bool
+    tied: bool
+    dropout: float
+    dtype: str
+    pattern: tuple[str, ...]
+    attention: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        for field in ("layers", "width", "heads"):
+            require(getattr(self, field) >= 1, field, getattr(self, field), "1 or more")
+        for field in ("kv_heads", "head_width", "ff_width", "soft_cap"):
+            require(getattr(self, field) >= 0, field, getattr(self, field), "0 or more")
+        for field, kinds in (("norm", NORMS), ("mlp", MLPS), ("positions", KINDS), ("dtype", tuple(COMPUTE))):
+            lookup(dict.fromkeys(kinds), getattr(self, field), field)
+        require(0 <= self.dropout < 1, "dropout", self.dropout, "a rate from 0 to below 1")
+        require(self.rope_base > 1, "rope_base", self.rope_base, "above 1")
+        if not self.head_width and self.width % self.heads:
+            raise FieldError("heads", f"{self.heads} does not divide config.model.width {self.width}")
+        if self.kv_heads and self.heads % self.kv_heads:
+            raise FieldError("kv_heads", f"{self.kv_heads} does not divide config.model.heads {self.heads}")
+        if self.positions == "rope" and self.key_width % 2:
+            raise FieldError("positions", f"rope needs an even head width, and it is {self.key_width}")
+        if self.positions == "sinusoidal" and self.width % 2:
+            raise FieldError("positions", f"sinusoidal needs an even width, and it is {self.width}")
+        object.__setattr__(self, "attention", FrozenDict(self.attention))
+        self._check_attention()
+
+    def _check_attention(self) -> None:
+        try:
+            lookup(VARIANTS, self.attention.get("name"), "name")
+            check(self.variants, {k: v for k, v in self.attention.items() if k != "name"})
+        except FieldError as error:
+            raise FieldError(f"attention.{error.field}", error.message) from error
+        for index, name in enumerate(self.pattern):
+            lookup(VARIANTS, name, f"pattern[{index}]")
+        if self.attention["name"] not in self.variants:
+            raise FieldError(
+                "attention.name",
+                f"{self.attention['name']!r} is in no layer of config.model.pattern {self.pattern}; "
+                "name one of those, or empty the pattern",
+            )
+        for index in range(len(self.variants)):
+            self.mixer(index)
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """Return the names of the mixers that the layers repeat."""
+        return tuple(self.pattern) or (self.attention["name"],)
+
+    @property
+    def key_width(self) -> int:
+        """Return K, which is P too."""
+        return self.head_width or self.width // self.heads
+
+    @property
+    def hidden(self) -> int:
+        """Return F; the default gives both MLPs the same number of weights (a multiple of 8)."""
+        default = 4 * self.width if self.mlp == "gelu" else -(-8 * self.width // 3 // 8) * 8
+        return self.ff_width or default
+
+    def mixer(self, layer: int) -> Any:
+        """Return the mixer of a layer, a submodule when called within a module.
+
+        Raises:
+          FieldError: a bad field of the variant, or something it cannot do.
+        """
+        name = self.variants[layer % len(self.variants)]
+        fields = {
+            "heads": self.heads,
+            "kv_heads": self.kv_heads or self.heads,
+            "head_width": self.key_width,
+            "positions": self.positions,
+            "rope_base": self.rope_base,
+            "qk_norm": self.qk_norm,
+            "soft_cap": self.soft_cap,
+            "output_gate": self.output_gate,
+            "out_scale": (2 * self.layers) ** -0.5,
+            "dtype": COMPUTE[self.dtype],
+        }
+        try:
+            return make(name, self.attention, fields, module_name="mixer")
+        except FieldError as error:
+            raise FieldError(f"attention.{error.field}", error.message) from error

@@ -1,0 +1,245 @@
+"""Time and memory of attention over lengths: every variant of the table, and torch as a peer."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from fastformer.attention import VARIANTS, own_fields
+from fastformer.core.config import section
+from fastformer.core.dtypes import COMPUTE
+from fastformer.core.errors import UserError, lookup, require
+from fastformer.core.seq import whole
+from fastformer.core.trees import nbytes
+from fastformer.models import ModelConfig
+from fastformer.report import plots, tables, torch_peer
+
+BASELINE = "softmax"  # what every ratio is against
+MIN_SECONDS = 0.02  # a timed turn repeats a shorter call until it lasts about this long
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchmarkConfig:
+    """The section config.benchmark; configs/base.py says what each field means.
+
+    Raises:
+      FieldError: an unknown variant, or a size below 1.
+    """
+
+    variants: tuple[str, ...]
+    lengths: tuple[int, ...]
+    batch: int
+    repeats: int
+
+    def __post_init__(self) -> None:
+        for index, name in enumerate(self.variants):
+            lookup(VARIANTS, name, f"variants[{index}]")
+        good = all(isinstance(length, int) and length >= 1 for length in self.lengths)
+        require(
+            bool(self.lengths) and good,
+            "lengths",
+            self.lengths,
+            "one length in tokens or more, each 1 or more",
+        )
+        for field in ("batch", "repeats"):
+            require(getattr(self, field) >= 1, field, getattr(self, field), "1 or more")
+
+
+class Contestant(NamedTuple):
+    """One layer at one length, compiled: what is timed, and what it needs.
+
+    Attributes:
+      forward, both: run the forward pass, or it and the backward pass, to their end.
+      forward_bytes, both_bytes: arguments, results and temporaries of the compiled program; None when
+        not known.
+      state_bytes: of one sequence of this length.
+    """
+
+    forward: Callable[[], Any]
+    both: Callable[[], Any]
+    forward_bytes: int | None = None
+    both_bytes: int | None = None
+    state_bytes: int | None = None
+
+
+def run_benchmark(config: ConfigDict, workdir: Path) -> list[dict[str, Any]]:
+    """Time the attention layers, print the table, and write it with a picture into the workdir.
+
+    A layer is its projections and what lies between, at the sizes of config.model, on one device.
+    Contestants take turns, so that a noisy machine is noisy for all; medians are shown.
+
+    Returns:
+      The lines of ``benchmark.jsonl``: seconds, bytes, and the ratio to softmax of the same run.
+
+    Raises:
+      UserError: a bad section, or a variant that cannot do what config.model asks.
+    """
+    options = section(BenchmarkConfig, config, "benchmark")
+    model = section(ModelConfig, config, "model")
+    variants = options.variants or tuple(VARIANTS)
+    peer, reason = torch_peer.available()
+    rows = []
+    for length in options.lengths:
+        shape = (options.batch, length, model.width)
+        contestants = {
+            name: _contestant(_mixer(model, name), shape, COMPUTE[model.dtype]) for name in variants
+        }
+        if peer is not None:
+            forward, both = torch_peer.layer(peer, shape, _heads(model), model.dtype)
+            contestants[torch_peer.NAME] = Contestant(forward, both)
+        rows += _measure(contestants, options, length)
+        print(f"benchmark: length {length:,} done", flush=True)
+    _write(rows, reason, config, Path(workdir))
+    return rows
+
+
+def _heads(model: ModelConfig) -> tuple[int, int, int]:
+    """Return (H, G, K)."""
+    return model.heads, model.kv_heads or model.heads, model.key_width
+
+
+def _mixer(model: ModelConfig, name: str) -> nn.Module:
+    own = {key: value for key, value in model.attention.items() if key in own_fields(name)}
+    try:
+        alone = dataclasses.replace(model, pattern=(), attention={"name": name, **own})
+    except UserError as error:
+        raise UserError(f"config.benchmark.variants: {name} cannot be: {error}") from error
+    return alone.mixer(0, parent=None)
+
+
+def _contestant(mixer: nn.Module, shape: tuple[int, int, int], dtype: jnp.dtype) -> Contestant:
+    batch, length, _ = shape
+    seq = whole(batch, length)
+    x_BTD, cotangent_BTD = jax.random.normal(jax.random.key(0), (2, *shape), dtype)
+    params = nn.unbox(jax.jit(mixer.init)(jax.random.key(1), x_BTD, seq))
+
+    def forward(params: Any, x_BTD: jax.Array) -> jax.Array:
+        return mixer.apply(params, x_BTD, seq)[0]
+
+    def both(params: Any, x_BTD: jax.Array) -> Any:
+        return jax.vjp(forward, params, x_BTD)[1](cotangent_BTD)
+
+    programs = [jax.jit(fn).lower(params, x_BTD).compile() for fn in (forward, both)]
+    calls = [lambda program=program: jax.block_until_ready(program(params, x_BTD)) for program in programs]
+    state = jax.eval_shape(lambda: mixer.init_state(1, length))
+    return Contestant(*calls, *map(_peak_bytes, programs), nbytes(state))
+
+
+def _peak_bytes(program: Any) -> int | None:
+    memory = program.memory_analysis()
+    if memory is None:
+        return None
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return held + memory.temp_size_in_bytes
+
+
+def _measure(
+    contestants: Mapping[str, Contestant], options: BenchmarkConfig, length: int
+) -> list[dict[str, Any]]:
+    """Return one row a contestant."""
+    forward = _times({name: c.forward for name, c in contestants.items()}, options.repeats)
+    both = _times({name: c.both for name, c in contestants.items()}, options.repeats)
+    rows = []
+    for name, contestant in contestants.items():
+        row = {"variant": name, "length": length, "batch": options.batch}
+        row |= {"forward_seconds": forward[name], "forward_backward_seconds": both[name]}
+        if BASELINE in contestants:
+            row |= {"forward_ratio": forward[name] / forward[BASELINE]}
+            row |= {"forward_backward_ratio": both[name] / both[BASELINE]}
+        row |= {"forward_peak_bytes": contestant.forward_bytes}
+        row |= {"forward_backward_peak_bytes": contestant.both_bytes}
+        rows.append(row | {"state_bytes": contestant.state_bytes})
+    return rows
+
+
+def _times(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Return the median seconds of each call, the calls taking turns."""
+    for call in calls.values():
+        call()  # the first call pays for what later ones find ready
+    turns = {name: max(1, math.ceil(MIN_SECONDS / _time(call, 1))) for name, call in calls.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            seconds[name].append(_time(call, turns[name]))
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def _time(call: Callable[[], Any], turns: int) -> float:
+    start = time.perf_counter()
+    for _ in range(turns):
+        call()
+    return (time.perf_counter() - start) / turns
+
+
+def _write(rows: list[dict[str, Any]], torch_reason: str, config: ConfigDict, workdir: Path) -> None:
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "benchmark.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = _table(rows, torch_reason)
+    device, model, options = jax.devices()[0], config.model, config.benchmark
+    about = (
+        f"Attention layers of {model.heads} heads at width {model.width}, {model.dtype}, "
+        f"batch {options.batch}, on one {device.device_kind} ({device.platform}); jax {jax.__version__}. "
+        f"Medians of {options.repeats} turns; a ratio is to {BASELINE} at the same length in this run."
+    )
+    picture = "![time and memory over length](benchmark.png)"
+    (workdir / "benchmark.md").write_text(f"# Benchmark: {config.name}\n\n{about}\n\n{text}\n\n{picture}\n")
+    measures = {
+        "forward": ("ms", "forward_seconds", 1e3),
+        "forward and backward": ("ms", "forward_backward_seconds", 1e3),
+        "memory, forward and backward": ("MB", "forward_backward_peak_bytes", 1e-6),
+    }
+    panels = [(title, unit, _curves(rows, key, scale)) for title, (unit, key, scale) in measures.items()]
+    plots.lines(workdir / "benchmark.png", panels, "length (tokens)")
+    print(text)
+    print(f"benchmark: {workdir / 'benchmark.md'} shows it with a picture")
+
+
+def _curves(rows: list[dict[str, Any]], key: str, scale: float) -> dict[str, plots.Curve]:
+    curves = {}
+    for name in dict.fromkeys(row["variant"] for row in rows):
+        points = sorted(
+            (row["length"], row[key] * scale) for row in rows if row["variant"] == name and row[key]
+        )
+        if points:
+            curves[name] = plots.Curve(*zip(*points))
+    return curves
+
+
+def _table(rows: list[dict[str, Any]], torch_reason: str) -> str:
+    headers = (
+        "variant",
+        "length",
+        "forward ms",
+        "ratio",
+        "forward + backward ms",
+        "ratio",
+        "peak memory",
+        "state",
+    )
+    lines = [
+        (
+            row["variant"],
+            f"{row['length']:,}",
+            tables.number(1e3 * row["forward_seconds"], 3),
+            tables.number(row.get("forward_ratio"), 3),
+            tables.number(1e3 * row["forward_backward_seconds"], 3),
+            tables.number(row.get("forward_backward_ratio"), 3),
+            tables.nbytes(row["forward_backward_peak_bytes"]),
+            tables.nbytes(row["state_bytes"]),
+        )
+        for row in rows
+    ]
+    if torch_reason:
+        lines.append((torch_peer.NAME, f"not run: {torch_reason}", *("",) * (len(headers) - 2)))
+    return tables.table(headers, lines)

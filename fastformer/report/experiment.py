@@ -1,0 +1,155 @@
+"""Run what an experiment folder lacks, then rewrite its README and check its claims."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fastformer.core import config as configuration
+from fastformer.report import summary
+from fastformer.report.claims import FAILS
+from fastformer.report.folder import Experiment, append_row, current, read, read_rows, row_of
+from fastformer.report.run_report import read_result
+
+RUNS = Path("runs")
+RESULTS = "results.jsonl"
+DONE, FAILED, USER_MISTAKE, CLAIM_FAILED = 0, 1, 2, 3
+
+
+def run_experiment(folder: str, smoke: bool, launch: Path) -> int:
+    """Run every arm and seed without a result, each as a process of its own; return the exit code.
+
+    A full run appends to ``folder/results.jsonl`` and rewrites the README's results and picture. A
+    smoke run makes one short run an arm, writes all of it under ``runs/smoke/<name>`` and does not
+    enforce claims. Signals go on to the run under way, which saves first; the same command goes on.
+
+    Args:
+      folder: such as ``experiments/mixers``.
+      launch: the program that makes one run, ``launch.py``.
+
+    Returns:
+      0 done or stopped, 3 a claim fails; when a run failed 1, or 2 if by the user's mistake.
+
+    Raises:
+      UserError: there is no such experiment, or its folder is not in order.
+    """
+    experiment = read(folder)
+    where, runs = experiment.path, RUNS / experiment.name
+    if smoke:
+        experiment = experiment.in_smoke()
+        where = runs = RUNS / "smoke" / experiment.name
+        shutil.rmtree(where, ignore_errors=True)
+    rows = read_rows(where / RESULTS)
+    missing = _missing(experiment, rows)
+    codes, child = [], _Child()
+    with child.signals():
+        for index, (arm, seed) in enumerate(missing, start=1):
+            print(f"{experiment.name}: run {index} of {len(missing)}: arm {arm}, seed {seed}", flush=True)
+            workdir = runs / f"{arm}-{seed}"
+            config = experiment.config(arm, seed)
+            _set_aside(workdir, configuration.sha256(config))
+            flags = [f"--config={experiment.config_argument(arm)}", f"--workdir={workdir}"]
+            flags += [f"--config.{key}={value}" for key, value in experiment.flags(seed)]
+            code, last_line = child.run([sys.executable, str(launch), *flags])
+            result = read_result(workdir)
+            if child.stopped:
+                break
+            if code == DONE and result.get("config_sha256") != configuration.sha256(config):
+                code, last_line = FAILED, f"it left no result of this configuration in {workdir}"
+            if code == DONE:
+                append_row(where / RESULTS, row_of(arm, config, result))
+            else:
+                what = f"{experiment.name}: arm {arm}, seed {seed} failed with exit code {code}: {last_line}"
+                print(what, file=sys.stderr)
+            codes.append(code)
+    rows = read_rows(where / RESULTS)
+    summary.write(experiment, rows, where)
+    if child.stopped:
+        print(f"{experiment.name}: stopped; the same command goes on from here")
+        return DONE
+    print(f"{experiment.name}: {where / summary.README} shows the results")
+    return _verdict(experiment, rows, smoke, [code for code in codes if code != DONE])
+
+
+def _missing(experiment: Experiment, rows: list[dict]) -> list[tuple[str, int]]:
+    # Seeds outside, so that an experiment cut short has all arms of its first seeds.
+    wanted = [(arm, seed) for seed in experiment.seeds for arm in experiment.arms]
+    here = current(rows, experiment)
+    return [key for key in wanted if key not in here]
+
+
+def _set_aside(workdir: Path, sha256: str) -> None:
+    """Rename a workdir that holds a run of another configuration, for this one needs its place."""
+    try:
+        found = configuration.sha256(configuration.from_json((workdir / "config.json").read_text()))
+    except (OSError, ValueError, TypeError, AttributeError):
+        return  # nothing there, or nothing that can be read: the run itself says what to do
+    if found != sha256:
+        workdir.rename(workdir.with_name(f"{workdir.name}.until-{time.strftime('%Y%m%dT%H%M%S')}"))
+
+
+def _verdict(experiment: Experiment, rows: list[dict], smoke: bool, failures: list[int]) -> int:
+    verdicts = summary.verdicts(experiment, current(rows, experiment))
+    for verdict in verdicts:
+        stream = sys.stderr if verdict.outcome == FAILS and not smoke else sys.stdout
+        print(f"{experiment.name}: claim {verdict}", file=stream)
+    if smoke:
+        print("smoke: claims are not checked")
+    if failures:
+        return USER_MISTAKE if set(failures) == {USER_MISTAKE} else FAILED
+    failed = any(verdict.outcome == FAILS for verdict in verdicts)
+    return CLAIM_FAILED if failed and not smoke else DONE
+
+
+@dataclass
+class _Child:
+    """The run under way. It has a process group of its own, so that it gets each signal once, from here."""
+
+    stopped: bool = False
+    process: subprocess.Popen | None = field(default=None)
+
+    def run(self, command: list[str]) -> tuple[int, str]:
+        """Run a command; return its exit code and the last line of its stderr, which is shown too."""
+        self.process = subprocess.Popen(
+            command, stderr=subprocess.PIPE, text=True, errors="replace", process_group=0
+        )
+        if self.stopped:  # the signal came while the process started
+            self.process.send_signal(signal.SIGTERM)
+        last = [""]
+        copier = threading.Thread(target=_copy, args=(self.process.stderr, last), daemon=True)
+        copier.start()
+        code = self.process.wait()
+        copier.join(timeout=5)  # a worker that outlives the run may hold the pipe open
+        return code, last[0]
+
+    @contextmanager
+    def signals(self) -> Iterator[None]:
+        """Within it, SIGINT and SIGTERM go to the run under way and start no other."""
+
+        def forward(number: int, frame: object) -> None:
+            self.stopped = True
+            if self.process is not None and self.process.poll() is None:
+                self.process.send_signal(number)
+
+        handlers = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+
+def _copy(stream: object, last: list[str]) -> None:
+    for line in stream:
+        sys.stderr.write(line)
+        sys.stderr.flush()
+        if line.strip():
+            last[0] = line.strip()

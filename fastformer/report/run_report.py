@@ -1,0 +1,133 @@
+"""The report of one run: report.md and loss.png in its workdir."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastformer.core import config as configuration
+from fastformer.core.errors import UserError
+from fastformer.report import plots, tables
+
+REPORT, PICTURE = "report.md", "loss.png"
+
+
+def write_report(workdir: Path) -> Path:
+    """Write ``report.md`` and ``loss.png`` from what a run left in its workdir; return the report's path.
+
+    Works for a run that was interrupted too: what is not there yet reads "not run".
+
+    Raises:
+      UserError: the workdir holds no ``config.json``.
+    """
+    workdir = Path(workdir)
+    if not (workdir / "config.json").is_file():
+        raise UserError(f"--workdir: {workdir} holds no run (there is no config.json)")
+    config = configuration.from_json((workdir / "config.json").read_text())
+    metrics = read_metrics(workdir)
+    result = read_result(workdir)
+    train, heldout = _curve(metrics, "train"), _curve(metrics, "heldout")
+    plots.loss_curve(workdir / PICTURE, train, heldout, config.name)
+    parts = [
+        f"# {config.name}",
+        _headline(config, result, train),
+        _results(result),
+        f"![loss over steps: training and held-out]({PICTURE})",
+        _samples(result),
+        _origin(config, result, workdir),
+        "<details><summary>Configuration</summary>\n\n```json\n"
+        f"{configuration.to_json(config)}```\n\n</details>",
+    ]
+    path = workdir / REPORT
+    path.write_text("\n\n".join(part for part in parts if part) + "\n")
+    return path
+
+
+def read_result(workdir: Path) -> dict[str, Any]:
+    """Return what ``result.json`` holds; empty for a run that has not ended."""
+    path = Path(workdir) / "result.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def read_metrics(workdir: Path) -> list[dict[str, Any]]:
+    """Return the lines of ``metrics.jsonl``; a last line cut short is left out."""
+    path = Path(workdir) / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    if lines and not lines[-1].rstrip().endswith("}"):
+        lines.pop()
+    return [json.loads(line) for line in lines if line.strip()]
+
+
+def _curve(metrics: Sequence[Mapping[str, Any]], split: str) -> plots.Curve:
+    # A run that went on from a checkpoint may have written a step twice; the later line counts.
+    points = {line["step"]: line["loss"] for line in metrics if line.get("split") == split}
+    steps = sorted(points)
+    return plots.Curve(steps, [points[step] for step in steps])
+
+
+def _headline(config: Any, result: Mapping[str, Any], train: plots.Curve) -> str:
+    steps = config.train.steps
+    if not result:
+        reached = f"step {train.steps[-1]:,} of {steps:,}" if train.steps else "no step yet"
+        return f"**Not finished**: {reached}. The command that started it goes on from its last checkpoint."
+    model, rows = config.model, config.train.batch
+    mixers = ", ".join(dict.fromkeys(config.model.pattern or (config.model.attention.name,)))
+    return (
+        f"A {model.name} of {tables.count(result.get('parameters'))} weights ({model.layers} layers of width "
+        f"{model.width}, {mixers} attention) on `{config.data.source}`, trained for "
+        f"{result.get('step', steps):,} steps of {rows} rows of {config.data.length} tokens."
+    )
+
+
+def _results(result: Mapping[str, Any]) -> str:
+    if not result:
+        return ""
+    quality, yardsticks = result.get("quality", {}), result.get("yardsticks", {})
+    rows = [(f"held-out {name.replace('_', ' ')}", tables.number(value)) for name, value in quality.items()]
+    if yardsticks:
+        rows[1:1] = [
+            ("gzip -9 on the same bytes, bits per byte", tables.number(yardsticks.get("gzip_bits_per_byte"))),
+            ("xz -9 on the same bytes, bits per byte", tables.number(yardsticks.get("xz_bits_per_byte"))),
+        ]
+    rows += [
+        ("parameters", tables.number(result.get("parameters"))),
+        ("weights on disk", tables.nbytes(result.get("bytes_on_disk"))),
+        ("training, tokens/s", tables.number(result.get("train_tokens_per_second"), 3)),
+        ("decoding, tokens/s", tables.number(result.get("decode_tokens_per_second"), 3)),
+        ("state of one sequence", tables.nbytes(result.get("state_bytes"))),
+        ("training FLOPs a token", tables.count(result.get("flops_per_token"))),
+        ("peak memory", tables.nbytes(result.get("peak_memory_bytes"))),
+        ("wall time", tables.seconds(result.get("wall_seconds"))),
+    ]
+    return tables.table(("measure", "value"), rows)
+
+
+def _samples(result: Mapping[str, Any]) -> str:
+    samples = result.get("samples", [])
+    blocks = [f"{fence}text\n{text}\n{fence}" for text in samples for fence in [_fence(text)]]
+    return "\n\n".join(["## Sample", *blocks]) if blocks else ""
+
+
+def _fence(text: str) -> str:
+    """Return backticks enough to fence a text that may hold fences itself."""
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return fence
+
+
+def _origin(config: Any, result: Mapping[str, Any], workdir: Path) -> str:
+    rows = [
+        ("device", str(result.get("device", tables.NOT_RUN))),
+        ("versions", ", ".join(f"{name} {version}" for name, version in result.get("versions", {}).items())),
+        ("commit", f"`{result['commit']}`" if result.get("commit") else tables.NOT_RUN),
+        ("configuration, SHA-256", f"`{configuration.sha256(config)}`"),
+        ("seed", str(config.seed)),
+    ]
+    text = "## Where it comes from\n\n" + tables.table(("", ""), [row for row in rows if row[1]])
+    if result.get("command"):
+        promise = "Made by (at that commit; the same machine gives the same losses to the bit):"
+        text += f"\n\n{promise}\n\n```\n{result['command']}\n```"
+    return text

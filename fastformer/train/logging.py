@@ -1,0 +1,88 @@
+"""What a run writes down as it goes: metrics.jsonl and TensorBoard events."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from tensorboardX import SummaryWriter
+
+from fastformer.core.errors import require
+from fastformer.data.atomic import atomic
+
+METRICS, EVENTS = "metrics.jsonl", "tensorboard"
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """Attributes: every, steps between lines."""
+
+    every: int
+
+    def __post_init__(self) -> None:
+        require(self.every >= 1, "every", self.every, "1 or more")
+
+
+class MetricsLog:
+    """The lines of ``metrics.jsonl``, and the same numbers as TensorBoard events.
+
+    What an interrupted run wrote after the checkpoint that it goes on from is taken back first, so
+    that the file ends up as if nothing had happened. Only the first process writes.
+    """
+
+    def __init__(self, workdir: Path, step: int):
+        """Open the log of the run in ``workdir`` that goes on after ``step``."""
+        self._path, self._writes = workdir / METRICS, jax.process_index() == 0
+        self._seen: set[tuple] = set()
+        if not self._writes:
+            return
+        lines = [line for line in _whole_lines(self._path) if line["step"] <= step]
+        self._seen = {_key(line) for line in lines}
+        with atomic(self._path) as file:
+            file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+        self._file = open(self._path, "a")
+        self._events = SummaryWriter(str(workdir / EVENTS), purge_step=step + 1, write_to_disk=True)
+
+    def write(self, step: int, split: str, values: dict[str, Any]) -> None:
+        """Append a line, unless this very measurement is there already."""
+        line = {"step": step, "split": split, **values}
+        if not self._writes or _key(line) in self._seen:
+            return
+        self._seen.add(_key(line))
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._events.add_scalar(f"{split}/{name}", value, step)
+
+    def sync(self) -> None:
+        """Bring every line to the disk: before a checkpoint says that they are there."""
+        if self._writes:
+            os.fsync(self._file.fileno())
+            self._events.flush()
+
+    def close(self) -> None:
+        """Bring everything to the disk and close the files."""
+        if self._writes:
+            self.sync()
+            self._file.close()
+            self._events.close()
+
+
+def _key(line: dict[str, Any]) -> tuple:
+    return line["step"], line["split"], line.get("rows")
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the lines that a crash left whole."""
+    found = []
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            line = json.loads(text)
+            if isinstance(line, dict) and {"step", "split"} <= set(line):
+                found.append(line)
+    return found

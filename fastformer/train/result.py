@@ -1,0 +1,144 @@
+"""What a run came to: result.json, the weights to deploy, the report."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from safetensors.numpy import save as to_safetensors
+
+from fastformer.core import config as configuration
+from fastformer.core.config import section
+from fastformer.core.trees import count, paths
+from fastformer.data.atomic import atomic
+from fastformer.decode import GenerateConfig, decode_tokens_per_second, generate
+from fastformer.report.cost import flops, state_bytes
+from fastformer.report.run_report import REPORT, write_report
+from fastformer.train.checkpoint import FOLDER
+from fastformer.train.setup import Run
+from fastformer.train.state import TrainState
+from fastformer.train.step import CompiledStep, abstract_batch
+
+RESULT, WEIGHTS = "result.json", "weights.safetensors"
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def is_finished(config: ConfigDict, workdir: Path) -> bool:
+    """Return whether the run has its result and its last checkpoint."""
+    return (
+        (workdir / FOLDER / str(config.train.steps)).is_dir()
+        and (workdir / WEIGHTS).exists()
+        and _read(workdir).get("step") == config.train.steps
+    )
+
+
+def say_finished(workdir: Path) -> None:
+    """Print what a finished run came to, and write its report if that is missing."""
+    found = _read(workdir)
+    if not (workdir / REPORT).exists():
+        write_report(workdir)
+    numbers = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in found["quality"].items())
+    print(
+        f"{workdir} is finished: step {found['step']}, held-out {numbers}; see {workdir / REPORT}", flush=True
+    )
+
+
+def _read(workdir: Path) -> dict[str, Any]:
+    try:
+        return json.loads((workdir / RESULT).read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def write_result(
+    run: Run,
+    state: TrainState,
+    step_fn: CompiledStep,
+    quality: Mapping[str, float],
+    times: Mapping[str, float],
+) -> Path:
+    """Write the last weights as safetensors, then ``result.json``, then the report; return the report's path.
+
+    Args:
+      quality: of the last weights on the whole held-out split.
+      times: seconds of the ``run``, and of its ``stepping`` alone.
+    """
+    config, step = run.config, int(state.step)
+    tokens = config.train.batch * config.data.length
+    options = section(GenerateConfig, config, "generate")
+    sample = generate(
+        run.model, state.params, run.data.tokeniser, [options.prompt], options, config.data.length
+    )
+    weights = to_safetensors(_gathered(state.params))
+    abstract = jax.eval_shape(lambda: state)
+    found = {
+        "name": config.name,
+        "step": step,
+        "weights": "last",  # of the two kinds that are kept, last and best, these are measured here
+        "quality": dict(quality),
+        "yardsticks": run.data.yardsticks(),
+        "samples": sample,
+        "parameters": count(state.params),
+        "bytes_on_disk": len(weights),
+        "train_tokens_per_second": step * tokens / max(times["stepping"], 1e-9),
+        "decode_tokens_per_second": decode_tokens_per_second(run.model, state.params),
+        "state_bytes": state_bytes(run.model, config.data.length),
+        "flops_per_token": flops(step_fn.traced, abstract, abstract_batch(run)) // tokens,
+        "peak_memory_bytes": peak_memory_bytes(run.mesh, step_fn),
+        "wall_seconds": times["run"],
+        "config_sha256": configuration.sha256(config),
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in PACKAGES},
+        "device": device(run.mesh),
+        "commit": commit(),
+        "command": shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]]),
+    }
+    if jax.process_index() == 0:
+        for name, content in ((WEIGHTS, weights), (RESULT, (json.dumps(found, indent=2) + "\n").encode())):
+            with atomic(run.workdir / name) as file:
+                file.write(content)
+        write_report(run.workdir)
+    return run.workdir / REPORT
+
+
+def _gathered(params: Any) -> dict[str, np.ndarray]:
+    """Return every whole array by its path; each process gets all."""
+    if jax.process_count() > 1:
+        params = multihost_utils.process_allgather(params, tiled=True)
+    return {path: np.asarray(x) for path, x in paths(params).items()}
+
+
+def peak_memory_bytes(mesh: Mesh, step_fn: CompiledStep) -> int:
+    """Return the most memory one device held: as it counted, or as XLA planned where it does not count."""
+    stats = mesh.local_devices[0].memory_stats() or {}
+    return int(stats.get("peak_bytes_in_use", step_fn.memory_bytes))
+
+
+def device(mesh: Mesh) -> str:
+    """Return such as ``"8 x NVIDIA H100"`` or ``"1 x cpu (x86_64, 2 cores)"``."""
+    first = mesh.devices.flat[0]
+    cores = f" ({platform.machine()}, {os.cpu_count()} cores)" if first.platform == "cpu" else ""
+    return f"{mesh.size} x {first.device_kind}{cores}"
+
+
+def commit() -> str | None:
+    """Return the commit that this code is at, ``-dirty`` when it was changed since; None outside of git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

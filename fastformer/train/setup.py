@@ -1,0 +1,209 @@
+"""From a configuration and a workdir to what a run is made of."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from fastformer import models, tasks
+from fastformer.core import config as configuration
+from fastformer.core.config import section
+from fastformer.core.errors import UserError, nearest, require
+from fastformer.core.mesh import MeshConfig, check_divisible, make_mesh, rules
+from fastformer.data import DataConfig, TextData, open_data
+from fastformer.data.atomic import atomic
+from fastformer.data.pipeline import RECORD
+from fastformer.data.tokenisers import FILE as TOKENISER
+
+CONFIG, LOCK = "config.json", ".lock"
+SECTIONS = (
+    "name", "seed", "task", "data", "model", "train", "optimiser", "evaluate", "checkpoint", "log", "mesh",
+    "sharding", "generate", "benchmark",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long and on how much at once.
+
+    Attributes:
+      steps: optimiser steps of the whole run.
+      batch: B, rows a step over all devices.
+    """
+
+    steps: int
+    batch: int
+
+    def __post_init__(self) -> None:
+        for field in ("steps", "batch"):
+            require(getattr(self, field) >= 1, field, getattr(self, field), "1 or more")
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What training, evaluation and generation share.
+
+    Attributes:
+      config: the whole configuration.
+      workdir: of the run.
+      mesh, rules: devices, and the letters split over them (core.mesh).
+      data: the text, its tokeniser and its two splits.
+      model: the linen module.
+      task: what a batch, the loss and the metric are.
+    """
+
+    config: ConfigDict
+    workdir: Path
+    mesh: Mesh
+    rules: tuple[tuple[str, tuple[str, ...]], ...]
+    data: TextData
+    model: nn.Module
+    task: Any
+
+
+def build_run(config: ConfigDict, workdir: Path | str, devices: list[jax.Device] | None = None) -> Run:
+    """Return the run that ``config`` describes, on ``devices`` (default: all).
+
+    Sections are checked before the text is opened, which may take minutes the first time.
+
+    Raises:
+      UserError: a value cannot be, sizes do not split over the devices, or the text is not there.
+    """
+    for key in config:
+        if key not in SECTIONS:
+            raise UserError(
+                f"config.{key}: no such key{nearest(key, SECTIONS)} (keys: {', '.join(SECTIONS)})"
+            )
+    require(config.seed >= 0, "config.seed", config.seed, "0 or more")
+    section(TrainConfig, config, "train")
+    data_config = section(DataConfig, config, "data")
+    mesh = make_mesh(section(MeshConfig, config, "mesh"), devices)
+    axis_rules = rules(config.sharding)
+    task = tasks.build(config)
+    models.build(config, 1, data_config.length)
+    workdir = Path(workdir)
+    data = open_data(data_config, workdir)
+    model = models.build(config, data.tokeniser.size, data_config.length)
+    _check_sizes(config, data.tokeniser.size, mesh, axis_rules)
+    return Run(config, workdir, mesh, axis_rules, data, model, task)
+
+
+def _check_sizes(config: ConfigDict, vocabulary: int, mesh: Mesh, axis_rules: Any) -> None:
+    """Check that batches and weights split evenly over the mesh."""
+    model = section(models.ModelConfig, config, "model")
+    bpe = config.data.tokeniser == "bpe"
+    sizes = {
+        "B": ("train.batch", config.train.batch),
+        "T": ("data.length", config.data.length),
+        "D": ("model.width", model.width),
+        "H": ("model.heads", model.heads),
+        "G": ("model.kv_heads" if model.kv_heads else "model.heads", model.kv_heads or model.heads),
+        "K": ("model.head_width", model.key_width),
+        "P": ("model.head_width", model.key_width),
+        "F": ("model.ff_width", model.hidden),
+        "V": ("data.vocabulary" if bpe else "sharding.V (the tokens of the bytes tokeniser)", vocabulary),
+    }
+    check_divisible(sizes, mesh, axis_rules)
+    check_divisible({"B": ("evaluate.batch", config.evaluate.batch)}, mesh, axis_rules)
+    processes = jax.process_count()
+    divides = config.train.batch % processes == 0
+    require(divides, "config.train.batch", config.train.batch, f"a multiple of the {processes} processes")
+
+
+def open_workdir(config: ConfigDict, workdir: Path | str) -> Path:
+    """Make the workdir, or check that the run in it is this one; return its path.
+
+    Raises:
+      UserError: it cannot be written, or belongs to another configuration.
+    """
+    workdir = Path(workdir)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        with atomic(workdir / ".probe"):
+            pass
+        (workdir / ".probe").unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--workdir: {workdir} cannot be written: {error.strerror}; choose another"
+        ) from error
+    old = read_config(workdir) if (workdir / CONFIG).exists() else config
+    found = configuration.differences(old, config)
+    if found:
+        listed = "; ".join(f"config.{key} was {a!r} and is {b!r}" for key, a, b in found[:3])
+        more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
+        raise UserError(
+            f"--workdir: {workdir} holds a run of another configuration ({listed}{more}); "
+            "choose another --workdir, or give the configuration it began with"
+        )
+    return workdir
+
+
+def keep_config(config: ConfigDict, workdir: Path) -> None:
+    """Write ``config.json``, which binds the workdir to this configuration, unless it is there."""
+    if jax.process_index() == 0 and not (workdir / CONFIG).exists():
+        with atomic(workdir / CONFIG) as file:
+            file.write(configuration.to_json(config).encode())
+
+
+def forget_text(workdir: Path) -> None:
+    """Remove what a run that ended before it began kept of its text, which may have been another."""
+    if not (workdir / CONFIG).exists():
+        for name in (RECORD, TOKENISER):
+            (workdir / name).unlink(missing_ok=True)
+
+
+def read_config(workdir: Path | str) -> ConfigDict:
+    """Return the configuration of the run in ``workdir``.
+
+    Raises:
+      UserError: there is no run, or its ``config.json`` cannot be read.
+    """
+    path = Path(workdir) / CONFIG
+    try:
+        return configuration.from_json(path.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"--workdir: {workdir} holds no run (there is no {CONFIG})") from error
+    except (
+        OSError,
+        UnicodeDecodeError,
+        json.JSONDecodeError,
+        TypeError,
+        AttributeError,
+        ValueError,
+    ) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"--workdir: {path} cannot be read ({reason}); restore it or choose another"
+        ) from error
+
+
+@contextlib.contextmanager
+def lock(workdir: Path) -> Iterator[None]:
+    """Hold the workdir for one training at a time; the system frees it however the process ends.
+
+    Raises:
+      UserError: another process holds it.
+    """
+    if jax.process_index() != 0:
+        yield
+        return
+    with open(workdir / LOCK, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"--workdir: {workdir} is being trained in by another process; wait or choose another"
+            ) from error
+        except OSError:
+            pass  # a file system without locks
+        yield

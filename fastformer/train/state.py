@@ -1,0 +1,69 @@
+"""What training changes step by step, made where it will live on the mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from fastformer.core.mesh import shardings
+from fastformer.core.seq import whole
+from fastformer.train.setup import Run
+
+
+@struct.dataclass
+class TrainState:
+    """All that a checkpoint needs besides the position in the data.
+
+    Attributes:
+      step: int32, updates made.
+      params: weights, float32.
+      opt_state: of the optimiser; its moments are sharded as their parameters.
+      rng: uint32 key data that dropout's key of each step is folded from; it never changes.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    rng: jax.Array
+
+
+def _initialise(run: Run, tx: optax.GradientTransformation) -> Callable[[], TrainState]:
+    """Return a function that makes the initial state, its arrays boxed with their letters."""
+
+    def init() -> TrainState:
+        params_key, dropout_key = jax.random.split(jax.random.key(run.config.seed))
+        shape = run.config.train.batch, run.config.data.length
+        params = run.model.init(params_key, jnp.zeros(shape, jnp.int32), whole(*shape))["params"]
+        # The optimiser is made on the boxed weights, so that its moments carry their letters.
+        return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), jax.random.key_data(dropout_key))
+
+    return init
+
+
+def abstract_state(run: Run, tx: optax.GradientTransformation) -> TrainState:
+    """Return the shapes, dtypes and shardings of the state, without making it; within core.mesh.use."""
+    init = _initialise(run, tx)
+    layout = shardings(jax.eval_shape(init), run.mesh, run.rules)
+    shapes = jax.eval_shape(lambda: nn.unbox(init()))
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, layout)
+
+
+def abstract_params(run: Run) -> Any:
+    """Return the shapes, dtypes and shardings of the weights alone; within core.mesh.use."""
+    return abstract_state(run, optax.identity()).params
+
+
+def initial_state(run: Run, tx: optax.GradientTransformation, abstract: TrainState) -> TrainState:
+    """Return the state at step 0, each shard made on its own device; within core.mesh.use.
+
+    Its values depend on ``config.seed`` alone, whatever the mesh.
+    """
+    init = _initialise(run, tx)
+    layout = jax.tree.map(lambda x: x.sharding, abstract)
+    return jax.jit(lambda: nn.unbox(init()), out_shardings=layout)()

@@ -1,0 +1,49 @@
+"""SIGTERM and SIGINT: save first, then end well."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+
+class Stopped(BaseException):
+    """Ends what a signal may end at once; no Exception, so that nothing on the way swallows it."""
+
+
+class Stop:
+    """Within it, SIGTERM and SIGINT end the work at once while nothing is to be saved, else set ``asked``.
+
+    Attributes:
+      asked: a signal came.
+      at_once: nothing would be lost by ending right now; it raises Stopped.
+    """
+
+    def __init__(self) -> None:
+        self.asked, self.at_once = False, True
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> Stop:
+        if threading.current_thread() is threading.main_thread():  # only there can handlers be set
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        if self.at_once:
+            raise Stopped
+
+    def agreed(self) -> bool:
+        """Return whether any process was asked to stop: all must save the same step."""
+        if jax.process_count() == 1:
+            return self.asked
+        return bool(np.any(multihost_utils.process_allgather(np.asarray(self.asked))))

@@ -1,0 +1,333 @@
+"""The laws of the attention contract, over the whole table: a new row needs no new test."""
+
+from __future__ import annotations
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fastformer.attention import VARIANTS, Context, make
+from fastformer.core.seq import Seq, whole
+
+NAMES = tuple(VARIANTS)
+WIDTH, HEADS, GROUPS, HEAD = 24, 4, 2, 6
+LENGTHS = (1, 7, 64, 129)
+
+
+def able(ability):
+    return [name for name in NAMES if getattr(VARIANTS[name], ability)]
+
+
+def mixer(name, **shared):
+    fields = {"heads": HEADS, "kv_heads": GROUPS, "head_width": HEAD, "positions": "rope"} | shared
+    return make(name, VARIANTS[name].small, fields)
+
+
+@functools.cache
+def params(name, **shared):
+    x = jnp.zeros((1, 4, WIDTH))
+    variables = nn.unbox(mixer(name, **shared).init(jax.random.key(0), x, whole(1, 4)))
+    # Away from their initial values, so that no parameter is hidden behind a zero or a one.
+    leaves, tree = jax.tree.flatten(variables)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    return jax.tree.unflatten(tree, [a + 0.1 * jax.random.normal(k, a.shape) for a, k in zip(leaves, keys)])
+
+
+def inputs(batch, time, seed=0):
+    return jax.random.normal(jax.random.key(seed), (batch, time, WIDTH))
+
+
+def packed(time, seed=0):
+    """Two rows of several segments, with padding between some and at the end."""
+    rng = np.random.default_rng(seed)
+    segment, position = np.zeros((2, time), np.int32), np.zeros((2, time), np.int32)
+    for row in range(2):
+        start, number = 0, 0
+        while start < time:
+            size = int(rng.integers(1, max(2, time // 2)))
+            number += 1
+            end = min(start + size, time)
+            if rng.random() > 0.25 or start == 0:
+                segment[row, start:end] = number
+                position[row, start:end] = np.arange(end - start)
+            start = end
+    return Seq(jnp.asarray(segment), jnp.asarray(position))
+
+
+def apply(name, x, seq, state=None, variables=None, **shared):
+    variables = params(name) if variables is None else variables
+    return mixer(name, **shared).apply(variables, x, seq, state)
+
+
+def close(a, b, tolerance=2e-5):
+    for left, right in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        left, right = np.asarray(left, np.float64), np.asarray(right, np.float64)
+        np.testing.assert_allclose(left, right, atol=tolerance * max(1.0, np.abs(right).max()), rtol=0)
+
+
+def value_and_gradients(name, x, seq, **shared):
+    """Return the output, and the gradients to x and to every parameter, of a loss that weighs all outputs."""
+
+    @jax.jit
+    def loss(variables, x):
+        y = apply(name, x, seq, None, variables, **shared)[0].astype(jnp.float32)
+        return jnp.sum(y * jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)), y
+
+    (_, y), gradients = jax.value_and_grad(loss, (0, 1), has_aux=True)(params(name), x)
+    return y, gradients
+
+
+# (a) the fast form is the reference
+
+
+@pytest.mark.parametrize("time", LENGTHS)
+@pytest.mark.parametrize("direction", ["causal", "bidirectional"])
+@pytest.mark.parametrize("name", NAMES)
+def test_forward_is_reference(name, direction, time):
+    if name not in able(direction):
+        pytest.skip(f"{name} does not declare {direction}")
+    mode = {"bidirectional_mode": direction == "bidirectional"}
+    x, seq = inputs(2, time), packed(time)
+    fast = value_and_gradients(name, x, seq, **mode)
+    slow = value_and_gradients(name, x, seq, implementation="reference", **mode)
+    close(fast, slow)
+    assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(slow[1]) if g.size and time > 1)
+
+
+@pytest.mark.parametrize("positions, soft_cap", [("alibi", 0.0), ("none", 5.0), ("alibi", 5.0)])
+@pytest.mark.parametrize("name", able("scores"))
+def test_bent_scores_are_the_references(name, positions, soft_cap):
+    bend = {"positions": positions, "soft_cap": soft_cap}
+    x, seq = inputs(2, 150), packed(150)
+    fast = value_and_gradients(name, x, seq, **bend)
+    close(fast, value_and_gradients(name, x, seq, implementation="reference", **bend))
+    plain = value_and_gradients(name, x, seq, positions="none")
+    assert np.abs(fast[0] - plain[0]).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", able("cross"))
+def test_cross_is_reference(name):
+    x, seq = inputs(2, 150), packed(150)
+    context = Context(inputs(2, 70, seed=5), packed(70, seed=5))
+    fast, slow = (
+        mixer(name, implementation=form).apply(params(name), x, seq, None, context)[0]
+        for form in ("auto", "reference")
+    )
+    close(fast, slow)
+    assert np.abs(slow).max() > 0
+
+
+# (b) any split of time folds to the whole
+
+
+def fold(name, x, seq, cuts, state, **shared):
+    parts, edges = [], [0, *cuts, x.shape[1]]
+    step = jax.jit(lambda x, seq, state: apply(name, x, seq, state, **shared))
+    for start, end in zip(edges, edges[1:]):
+        piece = Seq(seq.segment_BT[:, start:end], seq.position_BT[:, start:end])
+        y, state = step(x[:, start:end], piece, state)
+        parts.append(y)
+    return jnp.concatenate(parts, axis=1)
+
+
+@pytest.mark.parametrize("cuts", [(1,), (20, 21), (5, 37, 38, 39, 60), tuple(range(1, 70))])
+@pytest.mark.parametrize("name", able("streaming"))
+def test_splits_fold_to_the_whole(name, cuts):
+    x = inputs(2, 70)
+    state = mixer(name).init_state(2, 70)
+    for seq in (whole(2, 70), packed(70)):
+        want = apply(name, x, seq)[0]
+        close(fold(name, x, seq, cuts, state), want)
+        if len(cuts) < 9:
+            close(fold(name, x, seq, cuts, None), want)
+
+
+@pytest.mark.parametrize("positions, soft_cap", [("alibi", 0.0), ("alibi", 5.0)])
+@pytest.mark.parametrize("name", [n for n in able("streaming") if n in able("scores")])
+def test_splits_fold_with_bent_scores(name, positions, soft_cap):
+    bend = {"positions": positions, "soft_cap": soft_cap}
+    x, seq = inputs(2, 40), whole(2, 40)
+    state = mixer(name).init_state(2, 40)
+    close(fold(name, x, seq, (13, 30, 31, 32), state, **bend), apply(name, x, seq, **bend)[0])
+
+
+@pytest.mark.parametrize("name", able("streaming"))
+def test_rows_of_unequal_length_go_on_where_they_stopped(name):
+    """Right-padded prompts: padding is not written, and each row goes on from its own end."""
+    x, lengths = inputs(2, 60), (33, 21)
+    state = mixer(name).init_state(2, 64)
+    real = jnp.arange(40)[None] < jnp.asarray(lengths)[:, None]
+    prompt = Seq(real.astype(jnp.int32), jnp.broadcast_to(jnp.arange(40), (2, 40)))
+    _, state = apply(name, x[:, :40], prompt, state)
+    position = jnp.asarray(lengths)
+    for _ in range(6):
+        token = jnp.take_along_axis(x, position[:, None, None], axis=1)
+        y, state = apply(name, token, Seq(jnp.ones((2, 1), jnp.int32), position[:, None]), state)
+        position = position + 1
+    for row, length in enumerate(lengths):
+        want = apply(name, x[row : row + 1, : length + 6], whole(1, length + 6))[0][:, -1]
+        close(y[row : row + 1, 0], want)
+
+
+@pytest.mark.parametrize("name", able("streaming"))
+def test_states_are_static(name):
+    """A state keeps shapes and dtypes, so that a compiled loop can carry it."""
+    state = mixer(name).init_state(2, 32)
+    for time in (1, 5):
+        _, after = apply(name, inputs(2, time), whole(2, time), state)
+        shapes = [jax.tree.map(lambda a: (a.shape, a.dtype), s) for s in (state, after)]
+        assert shapes[0] == shapes[1]
+
+
+# (c) packed rows are rows alone
+
+
+@pytest.mark.parametrize("direction", ["causal", "bidirectional"])
+@pytest.mark.parametrize("name", NAMES)
+def test_packed_rows_are_rows_alone(name, direction):
+    if name not in able(direction):
+        pytest.skip(f"{name} does not declare {direction}")
+    mode = {"bidirectional_mode": direction == "bidirectional"}
+    x, seq = inputs(2, 150), packed(150)
+    together = apply(name, x, seq, **mode)[0]
+    assert int(seq.segment_BT.max()) > 2
+    for row in range(2):
+        for number in range(1, int(seq.segment_BT[row].max()) + 1):
+            where = np.flatnonzero(seq.segment_BT[row] == number)
+            if len(where):
+                alone = apply(name, x[row : row + 1, where], whole(1, len(where)), **mode)[0]
+                close(together[row : row + 1, where], alone)
+
+
+# (d) causality, by gradient
+
+
+@pytest.mark.parametrize("name", able("causal"))
+def test_causality_by_gradient(name):
+    x, at = inputs(1, 140), 100
+    pull = jax.grad(lambda x: apply(name, x, whole(1, 140))[0][0, at].sum())(x)
+    reach = np.abs(pull[0]).max(axis=-1)
+    assert np.all(reach[at + 1 :] == 0)
+    assert reach[at] > 0 and reach[at - 1] > 0
+
+
+@pytest.mark.parametrize("name", able("bidirectional"))
+def test_bidirectional_sees_both_sides(name):
+    x, at = inputs(1, 140), 100
+    pull = jax.grad(lambda x: apply(name, x, whole(1, 140), bidirectional_mode=True)[0][0, at].sum())(x)
+    reach = np.abs(pull[0]).max(axis=-1)
+    assert reach[at + 1] > 0 and reach[at - 1] > 0
+
+
+# (e) what must not be read is not read
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nan_in_padding_goes_nowhere(name):
+    x, seq = inputs(2, 150), packed(150)
+    padding = (seq.segment_BT == 0)[..., None]
+    assert padding.any()
+    poisoned = jnp.where(padding, jnp.nan, x)
+    clean = value_and_gradients(name, jnp.where(padding, 0.0, x), seq)
+    got = value_and_gradients(name, poisoned, seq)
+    close(got, clean)
+    assert np.all(np.asarray(got[0])[np.asarray(padding)[..., 0]] == 0)
+
+
+@pytest.mark.parametrize("time", [1, 9])
+@pytest.mark.parametrize("name", able("streaming"))
+def test_nan_in_unused_slots_goes_nowhere(name, time):
+    x = inputs(2, 12)
+    _, state = apply(name, x[:, :3], whole(2, 3), mixer(name).init_state(2, 32))
+    # Unused slots of a cache are those that an empty state and this one have in common: all zeros.
+    slots = getattr(state, "segment_BS", None)
+    if slots is None:
+        pytest.skip(f"the state of {name} has no slots")
+
+    def poison(leaf):
+        if leaf.dtype != jnp.float32 or leaf.shape[:2] != slots.shape:
+            return leaf
+        unused = (slots == 0).reshape(slots.shape + (1,) * (leaf.ndim - 2))
+        return jnp.where(unused, jnp.nan, leaf)
+
+    poisoned = jax.tree.map(poison, state)
+    assert any(np.isnan(leaf).any() for leaf in jax.tree.leaves(poisoned))
+    step = functools.partial(apply, name, x[:, 3 : 3 + time], whole(2, time, 3))
+    close(step(poisoned)[0], step(state)[0])
+
+
+# (f) eight devices are one
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_eight_devices_are_one(name):
+    from fastformer.core.mesh import MeshConfig, make_mesh, rules, use
+
+    x, seq = inputs(4, 70), whole(4, 70)
+    want = apply(name, x, seq)[0]
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    letters = {"B": ("data", "fsdp"), "D": ("fsdp",), "H": ("tensor",), "G": ("tensor",)}
+    with use(mesh, rules(letters)):
+        step = jax.jit(lambda variables, x, seq: apply(name, x, seq, None, variables)[0])
+        lowered = step.lower(params(name), x, seq)
+        got = step(params(name), x, seq)
+    assert lowered.as_text().count("sharding_constraint") >= 5
+    close(got, want)
+
+
+# (g) low precision
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bfloat16_is_near(name):
+    """Outputs and gradients within 3 % of float32, in root mean square."""
+    x, seq = inputs(2, 150), packed(150)
+    low, high = (value_and_gradients(name, x, seq, dtype=d) for d in (jnp.bfloat16, jnp.float32))
+    for a, b in zip(jax.tree.leaves(low), jax.tree.leaves(high), strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert np.sqrt(np.mean((a - b) ** 2)) < 0.03 * np.sqrt(np.mean(b**2)) + 1e-6
+
+
+@pytest.mark.parametrize("name", able("streaming"))
+def test_bfloat16_streams_as_it_trains(name):
+    x, seq, low = inputs(2, 70), whole(2, 70), {"dtype": jnp.bfloat16}
+    want = np.asarray(apply(name, x, seq, **low)[0], np.float64)
+    state = mixer(name, **low).init_state(2, 70)
+    got = np.asarray(fold(name, x, seq, (20, 21, 22, 50), state, **low), np.float64)
+    assert np.sqrt(np.mean((got - want) ** 2)) < 0.02 * np.sqrt(np.mean(want**2))
+
+
+# (h) long sequences stay finite
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_long_sequences_stay_finite(name):
+    y, gradients = value_and_gradients(name, 3.0 * inputs(1, 8192), whole(1, 8192))
+    for leaf in jax.tree.leaves((y, gradients)):
+        assert np.isfinite(leaf).all()
+    assert np.abs(y[:, -1]).max() > 0
+
+
+# what cannot be done says so
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("ability", ["cross", "streaming", "bidirectional", "causal"])
+def test_what_is_not_declared_is_refused(name, ability):
+    if getattr(VARIANTS[name], ability):
+        pytest.skip(f"{name} declares {ability}")
+    x, seq = inputs(1, 4), whole(1, 4)
+    asked = {
+        "cross": ({}, (None, Context(x, seq))),
+        "streaming": ({}, ((), None)),
+        "bidirectional": ({"bidirectional_mode": True}, (None, None)),
+        "causal": ({}, (None, None)),
+    }
+    shared, call = asked[ability]
+    others = ", ".join(able(ability)) or "none"
+    with pytest.raises(Exception, match=f"not {ability}; variants that are {ability}: {others}"):
+        mixer(name, **shared).apply(params(name), x, seq, *call)

@@ -1,0 +1,277 @@
+"""Training from the first step to the result: interrupted, refused, told apart."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import random
+import signal
+
+import jax
+import jax.numpy as jnp
+import kill_and_resume
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from safetensors.numpy import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny import tiny_config
+
+from fastformer.core import config as configuration
+from fastformer.core.errors import UserError
+from fastformer.core.mesh import use
+from fastformer.core.trees import count, paths
+from fastformer.train import loop, session, setup
+from fastformer.train.evaluate import evaluate
+from fastformer.train.logging import MetricsLog
+from fastformer.train.optimiser import decayed, make_optimiser
+from fastformer.train.state import abstract_params
+from fastformer.train.step import CompiledStep
+from fastformer.train.stop import Stop, Stopped
+
+DEVICES = jax.devices()[:1]
+RESULT_KEYS = (
+    "name", "step", "quality", "parameters", "bytes_on_disk", "train_tokens_per_second",
+    "decode_tokens_per_second", "state_bytes", "flops_per_token", "peak_memory_bytes", "wall_seconds",
+    "config_sha256", "versions", "device", "commit",
+)  # fmt: skip
+
+
+def configured(folder, **settings):
+    """Return the tiny configuration with ``optimiser__clip=0`` for ``optimiser.clip``, and so on."""
+    config = tiny_config(folder)
+    for key, value in (
+        {"model.dropout": 0.1} | {k.replace("__", "."): v for k, v in settings.items()}
+    ).items():
+        configuration.set_key(config, key, value)
+    return config
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("tiny")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """Let the many trainings here share what XLA compiled: most of their time goes there."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)  # for processes that are started here
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+        del os.environ[name.upper()]
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def straight(folder):
+    """Return the workdir of a run that nothing interrupted."""
+    loop.train(configured(folder), folder / "straight", DEVICES)
+    return folder / "straight"
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_all_that_it_promises(folder, straight):
+    config = configured(folder)
+    result = json.loads((straight / "result.json").read_text())
+    assert set(RESULT_KEYS) <= set(result)
+    assert result["step"] == 12 and result["config_sha256"] == configuration.sha256(config)
+    weights = load_file(straight / "weights.safetensors")
+    assert (straight / "weights.safetensors").stat().st_size == result["bytes_on_disk"]
+    assert sum(x.size for x in weights.values()) == result["parameters"]
+    assert all(x.dtype == np.float32 for x in weights.values())
+    for name in ("report.md", "config.json", "checkpoints/12"):
+        assert (straight / name).exists(), name
+    run = setup.build_run(config, straight, DEVICES)
+    with use(run.mesh, run.rules):
+        abstract = abstract_params(run)
+    assert set(paths(abstract)) == set(weights) and count(abstract) == result["parameters"]
+    tree = jax.tree.unflatten(jax.tree.structure(abstract), [weights[path] for path in paths(abstract)])
+    assert evaluate(run, tree) == result["quality"]
+
+
+def test_every_step_that_is_due_has_its_line(straight):
+    train = [line for line in lines(straight) if line["split"] == "train"]
+    assert [line["step"] for line in train] == list(range(1, 13))
+    assert set(train[0]) == {
+        "step", "split", "loss", "learning_rate", "gradient_norm", "tokens_per_second", "seconds",
+    }  # fmt: skip
+    heldout = [line for line in lines(straight) if line["split"] == "heldout"]
+    assert [line["step"] for line in heldout] == [6, 12, 12]  # the last one again on all rows
+    assert heldout[0]["rows"] == heldout[1]["rows"] < heldout[2]["rows"]
+    assert np.mean([line["loss"] for line in train[-3:]]) < np.mean([line["loss"] for line in train[:3]])
+
+
+def test_tensorboard_reads_the_same(straight):
+    events = EventAccumulator(str(straight / "tensorboard")).Reload().Scalars("train/loss")
+    wanted = [(line["step"], line["loss"]) for line in lines(straight) if line["split"] == "train"]
+    assert [event.step for event in events] == [step for step, _ in wanted]
+    np.testing.assert_allclose([event.value for event in events], [loss for _, loss in wanted], rtol=1e-6)
+
+
+def test_asked_to_stop_it_saves_and_goes_on_as_if_nothing_had_happened(
+    folder, straight, tmp_path, monkeypatch, capfd
+):
+    write = MetricsLog.write
+
+    def interrupting(log, step, split, values):
+        write(log, step, split, values)
+        if (step, split) == (5, "train"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(MetricsLog, "write", interrupting)
+    loop.train(configured(folder), tmp_path, DEVICES)
+    assert not (tmp_path / "result.json").exists()
+    stopped = max(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+    assert 5 <= stopped <= 5 + 1 + session.LOOKAHEAD
+    assert f"saved at step {stopped}; the same command goes on" in capfd.readouterr().out
+    monkeypatch.undo()
+    with open(
+        tmp_path / "metrics.jsonl", "a"
+    ) as file:  # a later step that no checkpoint has, and a torn line
+        file.write(json.dumps({"step": stopped + 1, "split": "train", "loss": 0.0}) + '\n{"step": 9, "spl')
+    loop.train(configured(folder), tmp_path, DEVICES)
+    assert kill_and_resume.losses(tmp_path) == kill_and_resume.losses(straight)
+    assert load_file(tmp_path / "weights.safetensors").keys()
+    for path, x in load_file(straight / "weights.safetensors").items():
+        assert np.array_equal(x, load_file(tmp_path / "weights.safetensors")[path]), path
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_end_at_once_only_what_has_nothing_to_save(number):
+    before = signal.getsignal(number)
+    with Stop() as stop:
+        stop.at_once = False
+        signal.raise_signal(number)
+        signal.raise_signal(number)
+        assert stop.asked and stop.agreed()
+        stop.at_once = True
+        with pytest.raises(Stopped):
+            signal.raise_signal(number)
+    assert signal.getsignal(number) is before
+
+
+def test_killed_without_warning_it_goes_on_to_the_same_losses():
+    assert kill_and_resume.main(times=1, seed=random.randrange(2**32))
+
+
+def test_a_finished_run_says_so(folder, straight, capfd, monkeypatch):
+    monkeypatch.setattr(setup, "build_run", lambda *_: pytest.fail("trained again"))
+    (straight / "report.md").unlink()
+    loop.train(configured(folder), straight, DEVICES)
+    assert "is finished: step 12" in capfd.readouterr().out
+    assert (straight / "report.md").exists()
+
+
+def test_a_run_of_another_configuration_is_left_alone(folder, straight):
+    config = configured(folder, train__steps=13)
+    with pytest.raises(UserError, match=r"config.train.steps was 12 and is 13\); choose another --workdir"):
+        loop.train(config, straight, DEVICES)
+
+
+def test_a_run_that_never_began_does_not_bind_its_workdir(folder, tmp_path):
+    bad = configured(folder, mesh__data=8)
+    with pytest.raises(UserError, match="config.mesh"):
+        loop.train(bad, tmp_path, DEVICES)
+    setup.open_workdir(configured(folder), tmp_path)
+
+
+def test_two_trainings_in_one_workdir(folder, tmp_path):
+    with open(tmp_path / setup.LOCK, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="is being trained in by another process"):
+            loop.train(configured(folder), tmp_path, DEVICES)
+
+
+def test_workdirs_that_cannot_be(folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--workdir: .* cannot be written"):
+        loop.train(configured(folder), tmp_path / "file", DEVICES)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="config.json cannot be read"):
+        loop.train(configured(folder), tmp_path, DEVICES)
+    with pytest.raises(UserError, match="holds no run"):
+        setup.read_config(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"train__steps": 0}, "config.train.steps: 0 is not allowed"),
+        ({"train__batch": -1}, "config.train.batch: -1 is not allowed"),
+        ({"optimiser__learning_rate": 0.0}, "config.optimiser.learning_rate: 0.0 is not allowed"),
+        (
+            {"optimiser__warmup_steps": 13},
+            "config.optimiser.warmup_steps: 13 is not .* config.train.steps, 12",
+        ),
+        ({"optimiser__final_fraction": 1.5}, "config.optimiser.final_fraction: 1.5"),
+        ({"optimiser__b2": 1.0}, "config.optimiser.b2: 1.0"),
+        ({"optimiser__clip": -1.0}, "config.optimiser.clip: -1.0"),
+        ({"optimiser__name": "adam"}, "config.optimiser.name: 'adam' is unknown; did you mean adamw?"),
+        ({"checkpoint__every": 0}, "config.checkpoint.every: 0"),
+        ({"checkpoint__keep": 0}, "config.checkpoint.keep: 0"),
+        ({"evaluate__every": -1}, "config.evaluate.every: -1"),
+        ({"log__every": 0}, "config.log.every: 0"),
+        ({"seed": -1}, "config.seed: -1"),
+    ],
+)
+def test_values_that_cannot_be(folder, tmp_path, settings, message):
+    with pytest.raises(UserError, match=message) as error:
+        loop.train(configured(folder, **settings), tmp_path, DEVICES)
+    assert "\n" not in str(error.value)
+
+
+def test_a_key_that_nobody_knows(folder, tmp_path):
+    config = configured(folder)
+    with config.unlocked():
+        config.trian = config.train
+    with pytest.raises(UserError, match="config.trian: no such key; did you mean train?"):
+        loop.train(config, tmp_path, DEVICES)
+
+
+def test_training_that_diverges_says_so(folder, tmp_path, monkeypatch):
+    metrics = {"loss": jnp.nan, "gradient_norm": 1.0, "learning_rate": 1.0}
+    broken = CompiledStep(lambda state, batch: (state, metrics), traced=None, seconds=0.0, memory_bytes=0)
+    monkeypatch.setattr(loop, "compile_train_step", lambda *_: broken)
+    with pytest.raises(UserError, match="the loss of step 1 is nan"):
+        loop.train(configured(folder), tmp_path, DEVICES)
+
+
+def test_learning_rates(folder):
+    _, schedule = make_optimiser(configured(folder, train__steps=20, optimiser__learning_rate=1.0))
+    rates = [float(schedule(made)) for made in range(20)]
+    np.testing.assert_allclose(rates[:4], [0.25, 0.5, 0.75, 1.0])  # update s is made at schedule(s - 1)
+    np.testing.assert_allclose(rates[11], (1 + 0.1) / 2, rtol=1e-6)  # half-way down the cosine
+    np.testing.assert_allclose(rates[19], 0.1, rtol=1e-6)
+    _, flat = make_optimiser(configured(folder, optimiser__warmup_steps=0))
+    assert float(flat(0)) < 3e-3 and float(flat(11)) == pytest.approx(3e-4)
+    _, all_of_it = make_optimiser(configured(folder, optimiser__warmup_steps=12))
+    assert float(all_of_it(11)) == pytest.approx(3e-3)
+
+
+def test_only_matrices_decay_and_gradients_are_clipped(folder):
+    params = {"up": {"weight": np.ones((2, 2))}, "norm": {"scale": np.ones(2)}, "embedding": np.ones((3, 2))}
+    params |= {"mixer": {"bias": np.ones((2, 2)), "gate": np.ones((2, 2)), "weight": np.ones(2)}}
+    marked = [path for path, yes in paths(decayed(params)).items() if yes]
+    assert sorted(marked) == ["embedding", "up/weight"]
+    tx, _ = make_optimiser(configured(folder, optimiser__learning_rate=1.0, optimiser__warmup_steps=0))
+    params = {"weight": np.ones((2, 2), np.float32), "bias": np.ones(2, np.float32)}
+    zero = jax.tree.map(np.zeros_like, params)
+    updates, _ = tx.update(zero, tx.init(params), params)
+    assert np.all(np.asarray(updates["weight"]) < 0) and not np.any(np.asarray(updates["bias"]))
+    gradients = jax.tree.map(lambda x: 100 * x, params)
+    _, state = tx.update(gradients, tx.init(params), params)
+    moments = np.concatenate([np.ravel(x) for x in jax.tree.leaves(state[1][0].mu)])
+    assert np.linalg.norm(moments / 0.1) == pytest.approx(1.0, rel=1e-5)

@@ -1,0 +1,39 @@
+"""The smallest run that has everything: a text of one's own, a model of a thousand weights, 12 steps."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+WORDS = "the model reads a row of tokens and says which comes next until every document has its end".split()
+
+
+def write_texts(folder: Path) -> Path:
+    """Write files of words in a random order, the same each time."""
+    folder.mkdir(exist_ok=True)
+    rng = random.Random(0)
+    for number in range(40):
+        path = folder / f"{number:02}.txt"
+        if not path.exists():
+            path.write_text(" ".join(rng.choices(WORDS, k=60)) + ".\n")
+    return folder
+
+
+def tiny_config(folder: Path) -> ConfigDict:
+    """Return a configuration that trains in a second; texts and prepared data lie in ``folder``."""
+    c = base.get_config()
+    c.name = "tiny"
+    c.data.source = f"files:{write_texts(folder / 'texts')}/*.txt"
+    c.data.directory, c.data.length = str(folder / "prepared"), 16
+    c.model.layers, c.model.width, c.model.heads, c.model.ff_width = 1, 16, 2, 16
+    c.train.steps, c.train.batch = 12, 8
+    c.optimiser.warmup_steps = 4
+    c.evaluate.every, c.evaluate.rows = 6, 16
+    c.checkpoint.every = 4
+    c.log.every = 1
+    c.generate.tokens = 8
+    return c.lock()
