@@ -80,7 +80,7 @@ class ModelConfig:
                 "name one of those, or empty the pattern",
             )
         for index in range(len(self.variants)):
-            self.mixer(index)
+            self.mixer(index, detached=True)
 
     @property
     def variants(self) -> tuple[str, ...]:
@@ -98,8 +98,8 @@ class ModelConfig:
         default = 4 * self.width if self.mlp == "gelu" else -(-8 * self.width // 3 // 8) * 8
         return self.ff_width or default
 
-    def mixer(self, layer: int) -> Any:
-        """Return the mixer of a layer, a submodule when called within a module.
+    def mixer(self, layer: int, detached: bool = False) -> Any:
+        """Return the mixer of a layer: a submodule of the module at work, or ``detached`` from any.
 
         Raises:
           FieldError: a bad field of the variant, or something it cannot do.
@@ -117,6 +117,8 @@ class ModelConfig:
             "out_scale": (2 * self.layers) ** -0.5,
             "dtype": COMPUTE[self.dtype],
         }
+        if detached:
+            fields["parent"] = None
         try:
             return make(name, self.attention, fields, module_name="mixer")
         except FieldError as error:

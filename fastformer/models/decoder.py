@@ -63,4 +63,5 @@ class Decoder(nn.Module):
 
     def init_state(self, batch: int, capacity: int) -> tuple:
         """Return the empty state of every layer, for ``capacity`` tokens a row."""
-        return tuple(self.config.mixer(layer, parent=None).init_state(batch, capacity) for layer in range(self.config.layers))
+        layers = range(self.config.layers)
+        return tuple(self.config.mixer(layer, detached=True).init_state(batch, capacity) for layer in layers)

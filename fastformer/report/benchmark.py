@@ -115,7 +115,7 @@ def _mixer(model: ModelConfig, name: str) -> nn.Module:
         alone = dataclasses.replace(model, pattern=(), attention={"name": name, **own})
     except UserError as error:
         raise UserError(f"config.benchmark.variants: {name} cannot be: {error}") from error
-    return alone.mixer(0, parent=None)
+    return alone.mixer(0, detached=True)
 
 
 def _contestant(mixer: nn.Module, shape: tuple[int, int, int], dtype: jnp.dtype) -> Contestant:

@@ -1,0 +1,153 @@
+"""Prefill the prompts, then decode token by token on the variant's state, in one compiled loop."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fastformer.core.errors import FieldError, UserError, require
+from fastformer.core.seq import Seq
+from fastformer.decode.sample import sample
+
+PREFILL = 32  # prompts are padded to a multiple of this many tokens, so that few programs are compiled
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """How to continue a prompt; configs/base.py says what each field means.
+
+    Raises:
+      FieldError: a value out of range.
+    """
+
+    tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+    prompt: str
+
+    def __post_init__(self) -> None:
+        require(self.tokens >= 1, "tokens", self.tokens, "1 or more")
+        for field in ("temperature", "top_k", "seed"):
+            require(getattr(self, field) >= 0, field, getattr(self, field), "0 or more")
+        require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
+        if self.temperature == 0 and (self.top_k or self.top_p < 1):
+            raise FieldError("temperature", "0 is greedy, which top_k and top_p cannot change; set it above 0")
+
+
+def generate(
+    model: nn.Module, params: Any, tokeniser: Any, prompts: Sequence[str], options: GenerateConfig, length: int
+) -> list[str]:
+    """Return what follows each prompt, up to ``options.tokens`` tokens or the end of its document.
+
+    A row's tokens do not depend on the prompts beside it, nor its random numbers on anything but the
+    seed and its place.
+
+    Args:
+      length: T that the model was trained at, the most that learned positions can hold.
+
+    Raises:
+      UserError: prompt and continuation are longer than learned positions reach.
+    """
+    # A document begins with the token that ends the one before.
+    rows = [[tokeniser.eod, *tokeniser.encode(prompt)] for prompt in prompts]
+    longest = max(map(len, rows))
+    if model.config.positions == "learned" and longest + options.tokens > length:
+        raise UserError(
+            f"--prompt: {longest} tokens and config.generate.tokens {options.tokens} more are beyond the "
+            f"{length} learned positions of this model; give less"
+        )
+    tokens_BT = np.full((len(rows), -(-longest // PREFILL) * PREFILL), tokeniser.eod, np.int32)
+    for row, ids in enumerate(rows):
+        tokens_BT[row, : len(ids)] = ids
+    lengths_B = np.asarray([len(ids) for ids in rows], np.int32)
+    new_BT = np.asarray(_generate(model, options, tokeniser.eod, params, tokens_BT, lengths_B))
+    return [tokeniser.decode(_until(ids, tokeniser.eod)) for ids in new_BT.tolist()]
+
+
+def _until(ids: list[int], end: int) -> list[int]:
+    return ids[: ids.index(end)] if end in ids else ids
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _generate(model, options: GenerateConfig, end: int, params, tokens_BT, lengths_B) -> jax.Array:
+    """Return the new tokens, [B, options.tokens], ``end`` after the end of a document."""
+    batch, padded = tokens_BT.shape
+    logits_BV, state = prefill(model, params, tokens_BT, lengths_B, padded + options.tokens)
+    # Rows share the prefill; keys differ by row, and by step below.
+    keys_B = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(options.seed), row))(jnp.arange(batch))
+
+    def unfinished(carry) -> jax.Array:
+        step, done_B = carry[0], carry[1]
+        return (step < options.tokens) & ~jnp.all(done_B)
+
+    def step_on(carry):
+        step, done_B, logits_BV, state, new_BT = carry
+        keys = jax.vmap(lambda key: jax.random.fold_in(key, step))(keys_B)
+        token_B = sample(logits_BV, keys, options.temperature, options.top_k, options.top_p)
+        token_B = jnp.where(done_B, end, token_B)
+        new_BT = jax.lax.dynamic_update_index_in_dim(new_BT, token_B, step, axis=1)
+        done_B = done_B | (token_B == end)
+        logits_BV, state = decode_step(model, params, token_B, lengths_B + step, ~done_B, state)
+        return step + 1, done_B, logits_BV, state, new_BT
+
+    new_BT = jnp.full((batch, options.tokens), end, jnp.int32)
+    start = (jnp.zeros((), jnp.int32), jnp.zeros((batch,), bool), logits_BV, state, new_BT)
+    return jax.lax.while_loop(unfinished, step_on, start)[-1]
+
+
+def prefill(model, params, tokens_BT, lengths_B, capacity: int) -> tuple[jax.Array, Any]:
+    """Return the logits after each prompt's last token, [B, V], and the state; prompts are padded right."""
+    batch, padded = tokens_BT.shape
+    position_BT = jnp.broadcast_to(jnp.arange(padded, dtype=jnp.int32), (batch, padded))
+    seq = Seq((position_BT < lengths_B[:, None]).astype(jnp.int32), position_BT)
+    state = model.init_state(batch, capacity)
+    logits_BTV, state = model.apply({"params": params}, tokens_BT, seq, state)
+    return jnp.take_along_axis(logits_BTV, (lengths_B - 1)[:, None, None], axis=1)[:, 0], state
+
+
+def decode_step(model, params, token_B, position_B, active_B, state) -> tuple[jax.Array, Any]:
+    """Return the logits after one more token a row, [B, V], and the state; rows not active stay as they are."""
+    seq = Seq(active_B.astype(jnp.int32)[:, None], position_B[:, None])
+    logits_B1V, state = model.apply({"params": params}, token_B[:, None], seq, state)
+    return logits_B1V[:, 0], state
+
+
+def decode_tokens_per_second(
+    model: nn.Module, params: Any, batch: int = 1, tokens: int = 64, repeats: int = 5
+) -> float:
+    """Return tokens a second of greedy decoding on the state of the trained length; the median of the repeats.
+
+    Args:
+      batch: rows decoded at once; all of their tokens count.
+      tokens: decoded in each repeat.
+    """
+    capacity = max(model.length, tokens)
+
+    @jax.jit
+    def run(params) -> jax.Array:
+        def one(carry, step):
+            token_B, state = carry
+            position_B = jnp.full((batch,), capacity - tokens, jnp.int32) + step
+            logits_BV, state = decode_step(model, params, token_B, position_B, jnp.ones((batch,), bool), state)
+            return (jnp.argmax(logits_BV, axis=-1).astype(jnp.int32), state), token_B
+
+        start = (jnp.zeros((batch,), jnp.int32), model.init_state(batch, capacity))
+        return jax.lax.scan(one, start, jnp.arange(tokens, dtype=jnp.int32))[1]
+
+    run(params).block_until_ready()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run(params).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return batch * tokens / float(np.median(seconds))

@@ -1,0 +1,107 @@
+"""fastformer's command line: flags -> config -> one run. It only wires; README.md shows its uses."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastformer.core import config as configuration
+from fastformer.core.errors import UserError, nearest
+
+ROOT = Path(__file__).resolve().parent
+MODES = ("train", "evaluate", "generate", "benchmark")
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, like all others."""
+
+    def error(self, message: str) -> None:
+        """Raise the message as the user's mistake."""
+        raise UserError(message)
+
+
+def parser() -> Parser:
+    """Return the parser of every flag but ``--config.<key>=<value>``."""
+    p = Parser(prog="launch.py", description="Train, evaluate, sample and compare fast Transformers.", allow_abbrev=False)
+    p.add_argument("--config", metavar="FILE[:ARM]", help="a file with get_config(), as in configs/quickstart.py")
+    p.add_argument("--mode", choices=MODES, help="what to do (default: train)")
+    p.add_argument("--workdir", help="where the run lives (default: runs/<config name>)")
+    p.add_argument("--prompt", action="append", help="text to continue; may be given several times")
+    p.add_argument("--experiment", metavar="FOLDER", help="run all arms of an experiment that have no result yet")
+    p.add_argument("--smoke", action="store_true", help="with --experiment: a short form, written elsewhere")
+    p.epilog = "--config.<key>=<value> changes any key of the config; configs/base.py lists them all."
+    return p
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
+    """Return the flags, and the overrides ``(key, value)`` in order.
+
+    Raises:
+      UserError: a flag that does not exist, or flags that do not go together.
+    """
+    p, overrides, rest, words = parser(), [], [], iter(argv)
+    for word in words:
+        found = re.match(r"--config\.([^=]*)(?:=(.*))?$", word, re.DOTALL)
+        if not found:
+            rest.append(word)
+            continue
+        value = found[2] if found[2] is not None else next(words, None)
+        if not found[1] or value is None:
+            raise UserError(f"{word}: needs a key and a value, as in --config.train.steps=100")
+        overrides.append((found[1], value))
+    flags, unknown = p.parse_known_args(rest)
+    if unknown:
+        name = unknown[0].partition("=")[0]
+        raise UserError(f"{name}: no such flag{nearest(name, p._option_string_actions)} (--help lists them)")
+    if flags.smoke and not flags.experiment:
+        raise UserError("--smoke: goes with --experiment=FOLDER")
+    if flags.prompt and flags.mode != "generate":
+        raise UserError("--prompt: goes with --mode=generate")
+    if flags.experiment and (flags.config or flags.mode or flags.workdir or overrides):
+        raise UserError("--experiment: takes its configuration from its folder; only --smoke goes with it")
+    return flags, overrides
+
+
+def run(argv: Sequence[str]) -> int:
+    """Do what the flags say; return the exit code."""
+    flags, overrides = parse(argv)
+    if flags.experiment:
+        from fastformer.report.experiment import run_experiment
+
+        return run_experiment(flags.experiment, flags.smoke, Path(os.path.relpath(ROOT / "launch.py")))
+    mode, config = flags.mode or "train", None
+    if flags.config:
+        config = configuration.load(flags.config, overrides)
+    elif mode in ("train", "benchmark") or not flags.workdir:
+        also = "" if mode in ("train", "benchmark") else ", or --workdir=DIR of a run"
+        raise UserError(f"--mode={mode}: needs --config=FILE, as in --config=configs/quickstart.py{also}")
+    workdir = Path(flags.workdir or f"runs/{config.name}")
+    # What follows imports JAX, which takes seconds: a mistake in a flag or key is answered before.
+    from fastformer.train import modes
+
+    if mode in ("evaluate", "generate"):
+        config = modes.of_run(workdir, config, () if flags.config else overrides)
+    modes.MODES[mode](config, workdir, tuple(flags.prompt or ()))
+    return 0
+
+
+def main() -> int:
+    """Run, with the user's mistakes as one line on stderr and exit code 2."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return run(sys.argv[1:])
+    except UserError as error:
+        print(f"launch.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command starts again", file=sys.stderr)
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""The command line: what it does, and how it answers mistakes."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import launch
+from fastformer.core import config as configuration
+from tiny import write_texts
+
+ROOT = Path(__file__).parent.parent
+BASE = "--config=configs/base.py"
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def run(capsys, monkeypatch, *argv):
+    """Return the exit code, stdout and stderr."""
+    monkeypatch.setattr(sys, "argv", ["launch.py", *map(str, argv)])
+    code = launch.main()
+    return code, *capsys.readouterr()
+
+
+def small(folder):
+    """Return the flags of a run of seconds."""
+    keys = {
+        "data.source": f"files:{write_texts(folder / 'texts')}/*.txt",
+        "data.directory": folder / "prepared", "data.length": 16, "model.layers": 1, "model.width": 16,
+        "model.heads": 2, "train.steps": 4, "train.batch": 8, "optimiser.warmup_steps": 1,
+        "evaluate.every": 2, "checkpoint.every": 2, "log.every": 1, "generate.tokens": 4,
+    }  # fmt: skip
+    return [BASE, f"--workdir={folder / 'run'}", *(f"--config.{key}={value}" for key, value in keys.items())]
+
+
+def test_train_again_evaluate_generate(tmp_path, capsys, monkeypatch):
+    flags, workdir = small(tmp_path), f"--workdir={tmp_path / 'run'}"
+    assert run(capsys, monkeypatch, *flags)[0] == 0
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    promised = (
+        "name step quality parameters bytes_on_disk train_tokens_per_second decode_tokens_per_second state_bytes "
+        "flops_per_token peak_memory_bytes wall_seconds config_sha256 versions device commit"
+    )
+    assert set(promised.split()) <= set(result) and result["quality"]["bits_per_byte"] > 0
+    for name in ("config.json", "checkpoints", "metrics.jsonl", "report.md", "weights.safetensors"):
+        assert (tmp_path / "run" / name).exists()
+    assert (tmp_path / "run/weights.safetensors").stat().st_size == result["bytes_on_disk"]
+    code, out, _ = run(capsys, monkeypatch, *flags)
+    assert code == 0 and "is finished" in out
+    code, out, _ = run(capsys, monkeypatch, "--mode=evaluate", workdir)
+    assert code == 0 and json.loads(out)["bits_per_byte"] == pytest.approx(result["quality"]["bits_per_byte"])
+    code, out, _ = run(capsys, monkeypatch, "--mode=generate", workdir, "--prompt=the model", "--prompt=a row")
+    assert code == 0 and "the model" in out and "a row" in out
+    code, _, err = run(capsys, monkeypatch, *flags, "--config.train.steps=5")
+    assert code == 2 and "config.train.steps was 4 and is 5" in err and err.count("\n") == 1
+    code, _, err = run(capsys, monkeypatch, "--mode=generate", workdir, "--config.model.width=32")
+    assert code == 2 and "config.model.width: the run in" in err
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ((BASE, "--config.model.attention.nmae=local"), "config.model.attention.nmae: no such key; did you mean name?"),
+        ((BASE, "--config.model.attention.windw=4", "--config.model.attention.name=local"), "did you mean window?"),
+        ((BASE, "--config.trian.steps=4"), "config.trian: no such section; did you mean train?"),
+        ((BASE, "--config.train.setps=4"), "config.train.setps: no such key; did you mean steps?"),
+        ((BASE, "--config.train.steps=many"), "config.train.steps: 'many' is not of type int"),
+        ((BASE, "--config.train.steps=-3"), "config.train.steps: -3 is not allowed; it must be 1 or more"),
+        ((BASE, "--config.model.heads=7"), "config.model.heads: 7 does not divide config.model.width 256"),
+        ((BASE, "--config.train=3"), "config.train: is a section"),
+        ((BASE, "--config.data.source=files:/nowhere/*.txt"), "/nowhere/*.txt"),
+        ((BASE, "--config.data.source=nothing"), "config.data.source"),
+        ((BASE, "--config.data.tokeniser=words"), "config.data.tokeniser: 'words'"),
+        ((BASE, "--config.mesh.tensor=3"), "config.mesh"),
+        ((BASE, "--config.optimiser.name=adam"), "did you mean adamw?"),
+        ((BASE, "--wrokdir=x"), "--wrokdir: no such flag; did you mean --workdir?"),
+        ((BASE, "--mode=trian"), "trian"),
+        ((BASE, "--prompt=x"), "--prompt: goes with --mode=generate"),
+        ((BASE, "--smoke"), "--smoke: goes with --experiment"),
+        (("--config=configs/bsae.py",), "no file configs/bsae.py; did you mean configs/base.py?"),
+        (("--config=configs/base.py:arm",), "takes no argument"),
+        (("--config=experiments/mixers/config.py",), "needs an arm"),
+        (("--config=experiments/mixers/config.py:liner",), "no arm 'liner'; did you mean linear?"),
+        (("--experiment=experiments/mixer",), "experiments/mixers"),
+        (("--mode=generate", "--workdir=/nowhere/at/all"), "/nowhere/at/all holds no run"),
+        (("--mode=evaluate",), "needs --config=FILE"),
+        ((), "needs --config=FILE"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_a_mistake_gets_one_line_and_exit_code_2(argv, message, tmp_path, capsys, monkeypatch):
+    workdir = [f"--workdir={tmp_path / 'run'}"] if BASE in argv else []
+    code, _, err = run(capsys, monkeypatch, *argv, *workdir)
+    assert code == 2 and message in err
+    assert err.startswith("launch.py: ") and err.count("\n") == 1
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_mistake_in_a_real_process_has_no_traceback():
+    command = [sys.executable, "launch.py", BASE, "--config.model.attention.nmae=local"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "did you mean name" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_flags_are_these():
+    flags = {flag for flag in launch.parser()._option_string_actions if flag.startswith("--")}
+    assert flags == {"--help", "--config", "--mode", "--workdir", "--prompt", "--experiment", "--smoke"}
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.py")), ids=lambda path: path.stem)
+def test_every_config_builds_and_names_itself(path):
+    from fastformer import models
+
+    config = configuration.load(str(path))
+    assert config.name == path.stem
+    assert models.build(config, 257, config.data.length)
+
+
+def test_overrides_take_the_types_of_the_config():
+    given = (
+        ("optimiser.learning_rate", "1"), ("model.pattern", "local,softmax"), ("model.tied", "false"),
+        ("model.attention.window", "32"), ("data.source", "123"),
+    )  # fmt: skip
+    config = configuration.load("configs/base.py", given)
+    assert isinstance(config.optimiser.learning_rate, float) and config.model.pattern == ("local", "softmax")
+    assert config.model.tied is False and config.model.attention.window == 32 and config.data.source == "123"
