@@ -27,12 +27,20 @@ class Parser(argparse.ArgumentParser):
 
 def parser() -> Parser:
     """Return the parser of every flag but ``--config.<key>=<value>``."""
-    p = Parser(prog="launch.py", description="Train, evaluate, sample and compare fast Transformers.", allow_abbrev=False)
-    p.add_argument("--config", metavar="FILE[:ARM]", help="a file with get_config(), as in configs/quickstart.py")
+    p = Parser(
+        prog="launch.py",
+        description="Train, evaluate, sample and compare fast Transformers.",
+        allow_abbrev=False,
+    )
+    p.add_argument(
+        "--config", metavar="FILE[:ARM]", help="a file with get_config(), as in configs/quickstart.py"
+    )
     p.add_argument("--mode", choices=MODES, help="what to do (default: train)")
     p.add_argument("--workdir", help="where the run lives (default: runs/<config name>)")
     p.add_argument("--prompt", action="append", help="text to continue; may be given several times")
-    p.add_argument("--experiment", metavar="FOLDER", help="run all arms of an experiment that have no result yet")
+    p.add_argument(
+        "--experiment", metavar="FOLDER", help="run all arms of an experiment that have no result yet"
+    )
     p.add_argument("--smoke", action="store_true", help="with --experiment: a short form, written elsewhere")
     p.epilog = "--config.<key>=<value> changes any key of the config; configs/base.py lists them all."
     return p

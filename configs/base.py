@@ -50,7 +50,7 @@ def get_config() -> ConfigDict:
     c.train.batch = 32  # B: rows a step, over all devices
 
     c.optimiser = ConfigDict()
-    c.optimiser.name = "adamw"  # a row of fastformer.train.optimiser.OPTIMISERS
+    c.optimiser.name = "adamw"  # or muon: hidden matrices by Muon, the rest by AdamW
     c.optimiser.learning_rate = 3e-3  # at the top of the schedule
     c.optimiser.warmup_steps = 100  # linear from 0
     c.optimiser.final_fraction = 0.1  # cosine down to this fraction of the top

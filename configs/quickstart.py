@@ -1,4 +1,9 @@
-"""A language model of Python code, from nothing to samples, on a laptop CPU."""
+"""A language model of Python code, from nothing to samples, on a laptop CPU.
+
+Command: python launch.py --config=configs/quickstart.py
+Expect: four minutes on two CPU cores; 1.92 held-out bits per byte with Python 3.11.7, where gzip -9 needs
+  1.92 and xz -9 1.63. Held-out rows overlap by half, so that every token has 128 before it.
+"""
 
 from ml_collections import ConfigDict
 
@@ -14,15 +19,16 @@ def get_config() -> ConfigDict:
     c.model.layers = 4
     c.model.width = 192
     c.model.heads = 2
-    c.train.steps = 300
+    c.train.steps = 240
     c.train.batch = 8
-    c.optimiser.learning_rate = 6e-3
-    c.optimiser.warmup_steps = 30
+    c.optimiser.name = "muon"  # at this few steps far ahead of adamw
+    c.optimiser.learning_rate = 1e-2
+    c.optimiser.warmup_steps = 20
     c.optimiser.final_fraction = 0.02
     c.evaluate.every = 0
-    c.evaluate.overlap = 0
+    c.evaluate.overlap = 128
     c.evaluate.batch = 16
-    c.checkpoint.every = 250
+    c.checkpoint.every = 100
     c.generate.tokens = 200
     c.generate.temperature = 0.7
     c.generate.top_p = 0.95

@@ -81,12 +81,16 @@ def test_greedy_with_other_positions(positions):
         with pytest.raises(UserError, match="48 learned positions"):
             generate(model, params, Bytes(), ["x" * 40], options(), LENGTH)
     else:
-        assert generate(model, params, Bytes(), ["ab"], options(), LENGTH) == [by_scoring(model, params, "ab", 12)]
+        assert generate(model, params, Bytes(), ["ab"], options(), LENGTH) == [
+            by_scoring(model, params, "ab", 12)
+        ]
 
 
 def test_greedy_with_a_layer_pattern():
     model, params = model_of("local", pattern=("local", "linear"))
-    assert generate(model, params, Bytes(), ["ab"], options(), LENGTH) == [by_scoring(model, params, "ab", 12)]
+    assert generate(model, params, Bytes(), ["ab"], options(), LENGTH) == [
+        by_scoring(model, params, "ab", 12)
+    ]
 
 
 def test_a_prompt_does_not_depend_on_those_beside_it():
@@ -94,7 +98,10 @@ def test_a_prompt_does_not_depend_on_those_beside_it():
     warm = options(temperature=1.0, seed=3)
     together = generate(model, params, Bytes(), ["one", "and two"], warm, LENGTH)
     assert generate(model, params, Bytes(), ["one", "another"], warm, LENGTH)[0] == together[0]
-    assert generate(model, params, Bytes(), ["one", "and two"], options(temperature=1.0, seed=4), LENGTH) != together
+    assert (
+        generate(model, params, Bytes(), ["one", "and two"], options(temperature=1.0, seed=4), LENGTH)
+        != together
+    )
 
 
 def test_generation_stops_at_the_end_of_the_document():
@@ -113,7 +120,9 @@ LOGITS = jnp.log(jnp.asarray([[0.5, 0.3, 0.15, 0.05]]))
 
 def draws(**how):
     keys = jax.random.split(jax.random.key(0), 4000)
-    return np.asarray(sample(jnp.tile(LOGITS, (4000, 1)), keys, *({"t": 1.0, "k": 0, "p": 1.0} | how).values()))
+    return np.asarray(
+        sample(jnp.tile(LOGITS, (4000, 1)), keys, *({"t": 1.0, "k": 0, "p": 1.0} | how).values())
+    )
 
 
 def shares(tokens):

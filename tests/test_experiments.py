@@ -208,7 +208,7 @@ def test_the_readme_is_made_and_rewritten_between_its_markers(place):
     assert run() == 0
     text = readme(place)
     for part in (
-        "is a higher learning rate better?", "high is better, for it is more.", 
+        "is a higher learning rate better?", "high is better, for it is more.",
         "1.99950 ± 0.00071", "1.99050 ± 0.00071",
         "- **holds**: high is better", "abacus", "`c0ffee`", "jax 1", "](results.png)",
     ):  # fmt: skip

@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny import write_texts
 
 import launch
 from fastformer.core import config as configuration
-from tiny import write_texts
 
 ROOT = Path(__file__).parent.parent
 BASE = "--config=configs/base.py"
@@ -49,8 +49,8 @@ def test_train_again_evaluate_generate(tmp_path, capsys, monkeypatch):
     assert run(capsys, monkeypatch, *flags)[0] == 0
     result = json.loads((tmp_path / "run/result.json").read_text())
     promised = (
-        "name step quality parameters bytes_on_disk train_tokens_per_second decode_tokens_per_second state_bytes "
-        "flops_per_token peak_memory_bytes wall_seconds config_sha256 versions device commit"
+        "name step quality parameters bytes_on_disk train_tokens_per_second decode_tokens_per_second "
+        "state_bytes flops_per_token peak_memory_bytes wall_seconds config_sha256 versions device commit"
     )
     assert set(promised.split()) <= set(result) and result["quality"]["bits_per_byte"] > 0
     for name in ("config.json", "checkpoints", "metrics.jsonl", "report.md", "weights.safetensors"):
@@ -60,7 +60,9 @@ def test_train_again_evaluate_generate(tmp_path, capsys, monkeypatch):
     assert code == 0 and "is finished" in out
     code, out, _ = run(capsys, monkeypatch, "--mode=evaluate", workdir)
     assert code == 0 and json.loads(out)["bits_per_byte"] == pytest.approx(result["quality"]["bits_per_byte"])
-    code, out, _ = run(capsys, monkeypatch, "--mode=generate", workdir, "--prompt=the model", "--prompt=a row")
+    code, out, _ = run(
+        capsys, monkeypatch, "--mode=generate", workdir, "--prompt=the model", "--prompt=a row"
+    )
     assert code == 0 and "the model" in out and "a row" in out
     code, _, err = run(capsys, monkeypatch, *flags, "--config.train.steps=5")
     assert code == 2 and "config.train.steps was 4 and is 5" in err and err.count("\n") == 1
@@ -71,8 +73,14 @@ def test_train_again_evaluate_generate(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        ((BASE, "--config.model.attention.nmae=local"), "config.model.attention.nmae: no such key; did you mean name?"),
-        ((BASE, "--config.model.attention.windw=4", "--config.model.attention.name=local"), "did you mean window?"),
+        (
+            (BASE, "--config.model.attention.nmae=local"),
+            "config.model.attention.nmae: no such key; did you mean name?",
+        ),
+        (
+            (BASE, "--config.model.attention.windw=4", "--config.model.attention.name=local"),
+            "did you mean window?",
+        ),
         ((BASE, "--config.trian.steps=4"), "config.trian: no such section; did you mean train?"),
         ((BASE, "--config.train.setps=4"), "config.train.setps: no such key; did you mean steps?"),
         ((BASE, "--config.train.steps=many"), "config.train.steps: 'many' is not of type int"),

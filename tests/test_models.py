@@ -67,12 +67,14 @@ def test_every_option_changes_the_model(model):
 def test_positions_tell_order(positions):
     made, params, _ = build(positions=positions, layers=1)
     last = [
-        made.apply({"params": params}, jnp.asarray([row]), whole(1, 3))[0][0, -1] for row in ([1, 2, 3], [2, 1, 3])
+        made.apply({"params": params}, jnp.asarray([row]), whole(1, 3))[0][0, -1]
+        for row in ([1, 2, 3], [2, 1, 3])
     ]
     assert np.abs(last[0] - last[1]).max() > 1e-5
     blind, params, _ = build(positions="none", layers=1)
     last = [
-        blind.apply({"params": params}, jnp.asarray([row]), whole(1, 3))[0][0, -1] for row in ([1, 2, 3], [2, 1, 3])
+        blind.apply({"params": params}, jnp.asarray([row]), whole(1, 3))[0][0, -1]
+        for row in ([1, 2, 3], [2, 1, 3])
     ]
     np.testing.assert_allclose(*last, atol=1e-6)
 
@@ -105,7 +107,8 @@ def test_dropout_drops_only_in_training():
     made, params, tokens = build(dropout=0.5)
     keys = [jax.random.key(i) for i in range(2)]
     noisy = [
-        made.apply({"params": params}, tokens, whole(2, 8), None, False, rngs={"dropout": key})[0] for key in keys
+        made.apply({"params": params}, tokens, whole(2, 8), None, False, rngs={"dropout": key})[0]
+        for key in keys
     ]
     assert np.abs(noisy[0] - noisy[1]).max() > 1e-3
     calm = [made.apply({"params": params}, tokens, whole(2, 8))[0] for _ in range(2)]
@@ -117,11 +120,20 @@ def test_dropout_drops_only_in_training():
     [
         ({"heads": 3}, "config.model.heads: 3 does not divide config.model.width 16"),
         ({"heads": 4, "kv_heads": 3}, "config.model.kv_heads: 3 does not divide"),
-        ({"attention": {"name": "sofmax"}}, "config.model.attention.name: 'sofmax' is unknown; did you mean softmax?"),
+        (
+            {"attention": {"name": "sofmax"}},
+            "config.model.attention.name: 'sofmax' is unknown; did you mean softmax?",
+        ),
         ({"attention": {"name": "local", "window": 0}}, "config.model.attention.window: 0 is not allowed"),
-        ({"attention": {"name": "local", "windw": 4}}, "config.model.attention.windw: no such key; did you mean window?"),
+        (
+            {"attention": {"name": "local", "windw": 4}},
+            "config.model.attention.windw: no such key; did you mean window?",
+        ),
         ({"attention": {"name": "softmax", "window": 4}}, "config.model.attention.window: no such key"),
-        ({"attention": {"name": "local", "window": 4.5}}, "config.model.attention.window: 4.5 is not of type int"),
+        (
+            {"attention": {"name": "local", "window": 4.5}},
+            "config.model.attention.window: 4.5 is not of type int",
+        ),
         ({"attention": {"name": "linear"}, "positions": "alibi"}, "linear has no scores"),
         ({"pattern": ("local", "lokal")}, "config.model.pattern[1]: 'lokal' is unknown; did you mean local?"),
         ({"pattern": ("local",)}, "'softmax' is in no layer of config.model.pattern"),

@@ -20,7 +20,7 @@ from fastformer.train.step import abstract_batch, jit_train_step, put_batch
 MESHES = {"one device": (1, 1, 1), "2x2x2": (2, 2, 2)}
 
 
-def one_step(folder, mesh):
+def one_step(folder, mesh, optimiser="adamw"):
     """Return the run, its lowered step, the state and metrics after it, and an evaluation of the weights."""
     config = tiny_config(folder)
     settings = {
@@ -28,6 +28,7 @@ def one_step(folder, mesh):
         "data.vocabulary": "280",
         "model.dropout": "0.1",
         "model.kv_heads": "2",
+        "optimiser.name": optimiser,
     }
     settings |= dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), map(str, mesh), strict=True))
     for key, value in settings.items():
@@ -58,6 +59,16 @@ def test_the_mesh_changes_nothing(outcomes):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5, err_msg=path)
     np.testing.assert_allclose(evaluation.loss, evaluation_many.loss, rtol=1e-5)
     assert evaluation.rows == evaluation_many.rows > 0
+
+
+def test_muon_moves_each_matrix_the_same_on_any_mesh(tmp_path, outcomes):
+    """Its orthogonal updates need whole matrices, wherever their shards lie."""
+    one, many = (one_step(tmp_path, mesh, "muon")[1].params for mesh in MESHES.values())
+    for (path, a), b in zip(paths(one).items(), jax.tree.leaves(many), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4, err_msg=path)
+    by_adamw = paths(outcomes["one device"][1].params)
+    differs = {path for path, x in paths(one).items() if np.abs(x - by_adamw[path]).max() > 1e-4}
+    assert differs == {path for path in by_adamw if path.endswith("weight")}  # AdamW has the rest
 
 
 def test_weights_and_moments_lie_in_shards(outcomes):

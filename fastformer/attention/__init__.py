@@ -49,14 +49,19 @@ def check(names: tuple[str, ...], options: Mapping[str, Any]) -> None:
     for key, value in options.items():
         if key not in known:
             of = " and ".join(dict.fromkeys(names))
-            raise FieldError(key, f"no such key{nearest(key, [*known, 'name'])} (keys of {of}: {', '.join(['name', *known])})")
+            raise FieldError(
+                key,
+                f"no such key{nearest(key, [*known, 'name'])} (keys of {of}: {', '.join(['name', *known])})",
+            )
         kind = type(known[key])
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             if not (kind is float and type(value) is int):
                 raise FieldError(key, f"{value!r} is not of type {kind.__name__}")
 
 
-def make(name: str, options: Mapping[str, Any], shared: Mapping[str, Any], module_name: str | None = None) -> Mixer:
+def make(
+    name: str, options: Mapping[str, Any], shared: Mapping[str, Any], module_name: str | None = None
+) -> Mixer:
     """Return the mixer ``name`` with those ``options`` that are its own and the ``shared`` fields.
 
     Raises:
@@ -69,6 +74,8 @@ def make(name: str, options: Mapping[str, Any], shared: Mapping[str, Any], modul
     if not variant.scores and (shared.get("positions") == "alibi" or shared.get("soft_cap")):
         asked = "positions alibi" if shared.get("positions") == "alibi" else "soft_cap"
         able_names = ", ".join(key for key, row in VARIANTS.items() if row.scores)
-        raise FieldError("name", f"{name} has no scores that {asked} could bend; variants that have: {able_names}")
+        raise FieldError(
+            "name", f"{name} has no scores that {asked} could bend; variants that have: {able_names}"
+        )
     mine = {key: value for key, value in options.items() if key in own_fields(name)}
     return variant(**shared, **mine, name=module_name)

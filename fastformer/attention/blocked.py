@@ -3,7 +3,8 @@
 The pairs (query block, key block) that a Mask allows are known before the program runs, so one scan
 over that list does all the work, forward and backward, whatever the pattern. The forward pass keeps a
 running maximum and sum per query (Rabe & Staats 2021, 2112.05682; Milakov & Gimelshein 2018, 1805.02867);
-the backward pass computes the weights anew from the saved log-sum-exp (Dao et al. 2022, 2205.14135, algorithm 4).
+the backward pass computes the weights anew from the saved log-sum-exp (Dao et al. 2022, 2205.14135,
+algorithm 4).
 """
 
 from __future__ import annotations
@@ -55,7 +56,9 @@ def attend(
     groups = k_BSGK.shape[2]
     share = heads // groups
     block = min(block, max(time, k_BSGK.shape[1]))
-    q_BTHK, k_BSGK, v_BSGP = (zero_padding(x, s) for x, s in ((q_BTHK, q_seq), (k_BSGK, k_seq), (v_BSGP, k_seq)))
+    q_BTHK, k_BSGK, v_BSGP = (
+        zero_padding(x, s) for x, s in ((q_BTHK, q_seq), (k_BSGK, k_seq), (v_BSGP, k_seq))
+    )
     q_NBGRK = _to_blocks(q_BTHK.reshape(batch, time, groups, share, -1), block)
     # Rows of one product: the queries of a block, for each of the heads that share the keys.
     q_NBGRK = q_NBGRK.transpose(0, 1, 3, 4, 2, 5).reshape(-1, batch, groups, share * block, q_BTHK.shape[-1])
@@ -128,7 +131,9 @@ def _forward(plan, q_NBGRK, k_NBGCK, v_NBGCP, q_seq, k_seq):
         top_N, total_N, y_N = carry
         i, j = pair
         v = _take(v_NBGCP, j)
-        scores, _ = _block_scores(plan, _take(q_NBGRK, i), _take(k_NBGCK, j), _take(q_seq, i), _take(k_seq, j))
+        scores, _ = _block_scores(
+            plan, _take(q_NBGRK, i), _take(k_NBGCK, j), _take(q_seq, i), _take(k_seq, j)
+        )
         top, total, y = _take(carry, i)
         new_top = jnp.maximum(top, scores.max(axis=-1))
         finite_top = jnp.where(new_top > -jnp.inf, new_top, 0.0)

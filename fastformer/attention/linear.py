@@ -47,7 +47,7 @@ def reference(
     feature_map: str = "elu_plus_one",
     causal: bool = True,
 ) -> jax.Array:
-    """Return ``sum_s phi(q_t).phi(k_s) v_s / sum_s phi(q_t).phi(k_s)``, float32 (2006.16236, eqs. 4 and 8)."""
+    """Return ``sum_s phi(q_t).phi(k_s) v_s / sum_s phi(q_t).phi(k_s)``, float32 (2006.16236, eq. 4, 8)."""
     share = q_BTHK.shape[2] // k_BSGK.shape[2]
     q_BTHK = _features(q_BTHK, feature_map, seq)
     k_BSHK = jnp.repeat(_features(k_BSGK, feature_map, seq), share, axis=2)
@@ -99,7 +99,7 @@ def forward(
 
 
 def _chunked_sums(q, k, v, segment_BT, state: LinearState, chunk: int) -> tuple[jax.Array, LinearState]:
-    """Return ``sum_{s <= t} (q_t . k_s) v_s`` within the segment, [B, T, G, M, P], and the memory after it."""
+    """Return ``sum_{s <= t} (q_t . k_s) v_s`` within the segment, [B, T, G, M, P], and the end memory."""
     time = q.shape[1]
 
     def chunks(x: jax.Array) -> jax.Array:

@@ -55,14 +55,23 @@ def forward(
     y_BTHP, grown = stream(q_BTHK, k_BTGK, v_BTGP, seq, state, mask, bend, block=block)
     if state is not None:
         return y_BTHP, grown
-    empty = cache.empty(len(k_BTGK), window, k_BTGK.shape[2], (k_BTGK.shape[3], v_BTGP.shape[3]), k_BTGK.dtype)
+    empty = cache.empty(
+        len(k_BTGK), window, k_BTGK.shape[2], (k_BTGK.shape[3], v_BTGP.shape[3]), k_BTGK.dtype
+    )
     return y_BTHP, cache.append(empty, k_BTGK, v_BTGP, seq)
 
 
 def init_state(
-    batch: int, capacity: int, dtype: jnp.dtype, *, window: int, kv_heads: int, key_width: int, value_width: int
+    batch: int,
+    capacity: int,
+    dtype: jnp.dtype,
+    *,
+    window: int,
+    kv_heads: int,
+    key_width: int,
+    value_width: int,
 ) -> KVState:
-    """Return an empty ring of W slots: B W G (K + P) elements of ``dtype`` and its indices, whatever the capacity."""
+    """Return an empty ring of W slots: B W G (K + P) elements and indices, whatever the capacity."""
     return cache.empty(batch, window, kv_heads, (key_width, value_width), dtype)
 
 
@@ -82,7 +91,12 @@ class Local(Mixer):
     window: int = 128
 
     def __post_init__(self):
-        require(isinstance(self.window, int) and self.window >= 1, "window", self.window, "a number of tokens, 1 or more")
+        require(
+            isinstance(self.window, int) and self.window >= 1,
+            "window",
+            self.window,
+            "a number of tokens, 1 or more",
+        )
         super().__post_init__()
 
     def mix(self, x_BTD, qkv, seqs, state):

@@ -87,7 +87,9 @@ class Mixer(nn.Module):
         raise NotImplementedError
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, seq: Seq, state: Any = None, context: Context | None = None) -> tuple:
+    def __call__(
+        self, x_BTD: jax.Array, seq: Seq, state: Any = None, context: Context | None = None
+    ) -> tuple:
         """Return ``(y_BTD, state)``; y is zero at padding.
 
         Raises:

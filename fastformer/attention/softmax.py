@@ -77,7 +77,9 @@ def stream(
         return decode(q_BTHK, state, seq, mask, bend), state
     slots = state.segment_BS.shape[1]
     keys = cache.joined(state, k_BTGK, v_BTGP, seq)
-    y_BTHP = attend(q_BTHK, keys.key_BSGK, keys.value_BSGP, seq, keys.seq, mask, bend, past=slots, block=block)
+    y_BTHP = attend(
+        q_BTHK, keys.key_BSGK, keys.value_BSGP, seq, keys.seq, mask, bend, past=slots, block=block
+    )
     return y_BTHP, cache.append(state, k_BTGK, v_BTGP, seq)
 
 
@@ -97,14 +99,16 @@ def decode(q_B1HK: jax.Array, state: KVState, seq: Seq, mask: Mask, bend: Bend) 
     weights = jnp.where(visible, jax.nn.softmax(jnp.where(visible, scores, -1e30), axis=-1), 0.0)
     used = (state.segment_BS > 0)[:, :, None, None]
     v_BSGP = jnp.where(used, state.value_BSGP, jnp.zeros((), state.value_BSGP.dtype))
-    y = jnp.einsum("BGMS,BSGP->BGMP", weights.astype(v_BSGP.dtype), v_BSGP, preferred_element_type=jnp.float32)
+    y = jnp.einsum(
+        "BGMS,BSGP->BGMP", weights.astype(v_BSGP.dtype), v_BSGP, preferred_element_type=jnp.float32
+    )
     return y.reshape(batch, 1, heads, -1).astype(v_BSGP.dtype)
 
 
 def init_state(
     batch: int, capacity: int, dtype: jnp.dtype, *, kv_heads: int, key_width: int, value_width: int
 ) -> KVState:
-    """Return an empty cache of ``capacity`` tokens; B capacity G (K + P) elements of ``dtype`` and its indices."""
+    """Return an empty cache of ``capacity`` tokens; B capacity G (K + P) elements and indices."""
     return cache.empty(batch, capacity, kv_heads, (key_width, value_width), dtype)
 
 

@@ -146,7 +146,9 @@ def section(cls: type[Section], config: ConfigDict, path: str) -> Section:
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     for key in values:
         if key not in fields:
-            raise UserError(f"config.{path}.{key}: no such key{nearest(key, fields)} (keys: {', '.join(fields)})")
+            raise UserError(
+                f"config.{path}.{key}: no such key{nearest(key, fields)} (keys: {', '.join(fields)})"
+            )
     for name, field in fields.items():
         if name not in values and field.default is field.default_factory is dataclasses.MISSING:
             raise UserError(f"config.{path}.{name}: is missing; configs/base.py shows its default")

@@ -50,7 +50,9 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, (self.letter,)), x.shape[-1:])
+        scale = self.param(
+            "scale", nn.with_logical_partitioning(nn.initializers.ones, (self.letter,)), x.shape[-1:]
+        )
         x32 = x.astype(jnp.float32)
         y = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.epsilon)
         return (y * _broadcast(scale, x.ndim)).astype(x.dtype)

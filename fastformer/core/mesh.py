@@ -92,7 +92,9 @@ def check_divisible(sizes: Mapping[str, tuple[str, int]], mesh: Mesh, axis_rules
         key, size = sizes.get(letter, ("", 0))
         shards = math.prod(mesh.shape[axis] for axis in axes)
         if size % shards:
-            raise UserError(f"config.{key}: {size} does not split over the {shards} devices of {' x '.join(axes)}")
+            raise UserError(
+                f"config.{key}: {size} does not split over the {shards} devices of {' x '.join(axes)}"
+            )
 
 
 def batch_sharding(mesh: Mesh, axis_rules: Any) -> NamedSharding:

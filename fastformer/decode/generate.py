@@ -41,11 +41,18 @@ class GenerateConfig:
             require(getattr(self, field) >= 0, field, getattr(self, field), "0 or more")
         require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
         if self.temperature == 0 and (self.top_k or self.top_p < 1):
-            raise FieldError("temperature", "0 is greedy, which top_k and top_p cannot change; set it above 0")
+            raise FieldError(
+                "temperature", "0 is greedy, which top_k and top_p cannot change; set it above 0"
+            )
 
 
 def generate(
-    model: nn.Module, params: Any, tokeniser: Any, prompts: Sequence[str], options: GenerateConfig, length: int
+    model: nn.Module,
+    params: Any,
+    tokeniser: Any,
+    prompts: Sequence[str],
+    options: GenerateConfig,
+    length: int,
 ) -> list[str]:
     """Return what follows each prompt, up to ``options.tokens`` tokens or the end of its document.
 
@@ -116,7 +123,7 @@ def prefill(model, params, tokens_BT, lengths_B, capacity: int) -> tuple[jax.Arr
 
 
 def decode_step(model, params, token_B, position_B, active_B, state) -> tuple[jax.Array, Any]:
-    """Return the logits after one more token a row, [B, V], and the state; rows not active stay as they are."""
+    """Return the logits after one more token a row, [B, V], and the state; inactive rows stay as they are."""
     seq = Seq(active_B.astype(jnp.int32)[:, None], position_B[:, None])
     logits_B1V, state = model.apply({"params": params}, token_B[:, None], seq, state)
     return logits_B1V[:, 0], state
@@ -125,7 +132,7 @@ def decode_step(model, params, token_B, position_B, active_B, state) -> tuple[ja
 def decode_tokens_per_second(
     model: nn.Module, params: Any, batch: int = 1, tokens: int = 64, repeats: int = 5
 ) -> float:
-    """Return tokens a second of greedy decoding on the state of the trained length; the median of the repeats.
+    """Return tokens a second of greedy decoding on the state of the trained length, a median.
 
     Args:
       batch: rows decoded at once; all of their tokens count.
@@ -138,7 +145,9 @@ def decode_tokens_per_second(
         def one(carry, step):
             token_B, state = carry
             position_B = jnp.full((batch,), capacity - tokens, jnp.int32) + step
-            logits_BV, state = decode_step(model, params, token_B, position_B, jnp.ones((batch,), bool), state)
+            logits_BV, state = decode_step(
+                model, params, token_B, position_B, jnp.ones((batch,), bool), state
+            )
             return (jnp.argmax(logits_BV, axis=-1).astype(jnp.int32), state), token_B
 
         start = (jnp.zeros((batch,), jnp.int32), model.init_state(batch, capacity))

@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 
 
-def sample(logits_BV: jax.Array, keys_B: jax.Array, temperature: float, top_k: int, top_p: float) -> jax.Array:
+def sample(
+    logits_BV: jax.Array, keys_B: jax.Array, temperature: float, top_k: int, top_p: float
+) -> jax.Array:
     """Return a token per row, [B] int32.
 
     Args:

@@ -66,13 +66,13 @@ class ModelConfig:
         self._check_attention()
 
     def _check_attention(self) -> None:
+        for index, name in enumerate(self.pattern):
+            lookup(VARIANTS, name, f"pattern[{index}]")
         try:
             lookup(VARIANTS, self.attention.get("name"), "name")
             check(self.variants, {k: v for k, v in self.attention.items() if k != "name"})
         except FieldError as error:
             raise FieldError(f"attention.{error.field}", error.message) from error
-        for index, name in enumerate(self.pattern):
-            lookup(VARIANTS, name, f"pattern[{index}]")
         if self.attention["name"] not in self.variants:
             raise FieldError(
                 "attention.name",

@@ -36,7 +36,9 @@ class Text:
         """
         seq = Seq(batch["segment_BT"], batch["position_BT"])
         rngs = None if rng is None else {"dropout": rng}
-        logits_BTV, _ = model.apply({"params": params}, batch["tokens_BT"], seq, deterministic=rng is None, rngs=rngs)
+        logits_BTV, _ = model.apply(
+            {"params": params}, batch["tokens_BT"], seq, deterministic=rng is None, rngs=rngs
+        )
         nats_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, batch["targets_BT"])
         weights_BT = batch["weights_BT"]
         return jnp.sum(nats_BT * weights_BT), jnp.sum(weights_BT)

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import optax
+import optax.contrib
 from ml_collections import ConfigDict
 
 from fastformer.core.config import section
@@ -63,7 +64,42 @@ def adamw(config: OptimiserConfig, schedule: Schedule) -> optax.GradientTransfor
     return optax.adamw(schedule, config.b1, config.b2, weight_decay=config.weight_decay, mask=decayed)
 
 
-OPTIMISERS: dict[str, Callable[[OptimiserConfig, Schedule], optax.GradientTransformation]] = {"adamw": adamw}
+def muon(config: OptimiserConfig, schedule: Schedule) -> optax.GradientTransformation:
+    """Return Muon for hidden matrices and AdamW for the rest, at one learning rate.
+
+    Jordan et al. 2024; the update of a matrix is brought to AdamW's root mean square of 0.2 (Liu et
+    al. 2025, 2502.16982, eq. 4). ``b1`` and ``b2`` are AdamW's; Muon's own decay is 0.95.
+    """
+    return optax.contrib.muon(
+        schedule,
+        weight_decay=config.weight_decay,
+        weight_decay_mask=decayed,
+        adam_b1=config.b1,
+        adam_b2=config.b2,
+        adam_weight_decay=config.weight_decay,
+        muon_weight_dimension_numbers=hidden_matrices,
+        consistent_rms=0.2,
+    )
+
+
+def hidden_matrices(params: Any) -> Any:
+    """Return for each parameter which axes a linear map reads and writes, None for all but hidden maps."""
+
+    def axes(path: tuple, leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
+        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+        if names[-1] != "weight" or names[-2] == "head":
+            return None
+        # Projections to heads are D H K, those from heads H P D.
+        reads = tuple(range(leaf.ndim - 1)) if names[-2] == "out" else (0,)
+        return optax.contrib.MuonDimensionNumbers(reads, tuple(i for i in range(leaf.ndim) if i not in reads))
+
+    return jax.tree_util.tree_map_with_path(axes, params)
+
+
+OPTIMISERS: dict[str, Callable[[OptimiserConfig, Schedule], optax.GradientTransformation]] = {
+    "adamw": adamw,
+    "muon": muon,
+}
 
 
 def make_schedule(config: OptimiserConfig, steps: int) -> Schedule:

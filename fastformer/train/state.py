@@ -49,9 +49,20 @@ def _initialise(run: Run, tx: optax.GradientTransformation) -> Callable[[], Trai
 def abstract_state(run: Run, tx: optax.GradientTransformation) -> TrainState:
     """Return the shapes, dtypes and shardings of the state, without making it; within core.mesh.use."""
     init = _initialise(run, tx)
-    layout = shardings(jax.eval_shape(init), run.mesh, run.rules)
+    layout = shardings(_without_empty_boxes(jax.eval_shape(init)), run.mesh, run.rules)
     shapes = jax.eval_shape(lambda: nn.unbox(init()))
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, layout)
+
+
+def _without_empty_boxes(boxed: Any) -> Any:
+    """Return the tree without the boxes around what optax masks out, which hold no array to lay out."""
+
+    def is_box(x: Any) -> bool:
+        return isinstance(x, nn.meta.AxisMetadata)
+
+    return jax.tree.map(
+        lambda x: x.value if is_box(x) and not jax.tree.leaves(x.value) else x, boxed, is_leaf=is_box
+    )
 
 
 def abstract_params(run: Run) -> Any:
