@@ -70,16 +70,21 @@ def muon(config: OptimiserConfig, schedule: Schedule) -> optax.GradientTransform
     Jordan et al. 2024; the update of a matrix is brought to AdamW's root mean square of 0.2 (Liu et
     al. 2025, 2502.16982, eq. 4). ``b1`` and ``b2`` are AdamW's; Muon's own decay is 0.95.
     """
-    return optax.contrib.muon(
+    hidden = optax.contrib.muon(
         schedule,
         weight_decay=config.weight_decay,
-        weight_decay_mask=decayed,
-        adam_b1=config.b1,
-        adam_b2=config.b2,
-        adam_weight_decay=config.weight_decay,
         muon_weight_dimension_numbers=hidden_matrices,
         consistent_rms=0.2,
     )
+
+    def owner(params: Any) -> Any:
+        def name(axes: Any, leaf: Any) -> str:
+            return "adamw" if axes is None else "muon"
+
+        found = hidden_matrices(params)
+        return jax.tree.map(name, found, params, is_leaf=lambda x: x is None or isinstance(x, tuple))
+
+    return optax.partition({"muon": hidden, "adamw": adamw(config, schedule)}, owner)
 
 
 def hidden_matrices(params: Any) -> Any:
