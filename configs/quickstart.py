@@ -1,7 +1,7 @@
 """A language model of Python code, from nothing to samples, on a laptop CPU.
 
 Command: python launch.py --config=configs/quickstart.py
-Expect: four minutes on two CPU cores; 1.92 held-out bits per byte with Python 3.11.7, where gzip -9 needs
+Expect: four minutes on two CPU cores; 1.94 held-out bits per byte with Python 3.11.7, where gzip -9 needs
   1.92 and xz -9 1.63. Held-out rows overlap by half, so that every token has 128 before it.
 """
 
@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
     c.model.heads = 2
     c.train.steps = 240
     c.train.batch = 8
-    c.optimiser.name = "muon"  # at this few steps far ahead of adamw
+    c.optimiser.name = "muon"  # ahead of adamw at so few steps
     c.optimiser.learning_rate = 1e-2
     c.optimiser.warmup_steps = 20
     c.optimiser.final_fraction = 0.02
