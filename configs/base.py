@@ -37,6 +37,7 @@ def get_config() -> ConfigDict:
     c.model.rope_base = 10000.0  # wavelength of the slowest pair, in units of 2 pi tokens
     c.model.qk_norm = False  # RMS-normalise queries and keys per head
     c.model.soft_cap = 0.0  # scores are soft_cap * tanh(scores / soft_cap); 0 is off
+    c.model.short_conv = -1  # tokens a convolution of q, k, v spans; 0 is off, -1 as the mixer's paper has it
     c.model.output_gate = False  # multiply what the mixer returns by a sigmoid gate of its input
     c.model.tied = True  # embedding and output head share one matrix
     c.model.dropout = 0.0  # rate on each branch before it joins the residual stream

@@ -164,14 +164,14 @@ class LinearAttention(Mixer):
         lookup(FEATURE_MAPS, self.feature_map, "feature_map")
         super().__post_init__()
 
-    def mix(self, x_BTD, qkv, seqs, state):
+    def mix(self, qkv, seqs, state):
         causal = not self.bidirectional_mode
         return forward(*qkv, seq=seqs[0], state=state, feature_map=self.feature_map, causal=causal)
 
-    def refer(self, x_BTD, qkv, seqs):
+    def refer(self, qkv, seqs):
         causal = not self.bidirectional_mode
         return reference(*qkv, seq=seqs[0], feature_map=self.feature_map, causal=causal)
 
-    def init_state(self, batch, capacity, dtype=None):
-        widths = {"key_width": self.head_width, "value_width": self.head_width}
+    def empty(self, batch, capacity, dtype):
+        widths = {"key_width": self.head_width, "value_width": self.value_width}
         return init_state(batch, capacity, jnp.float32, kv_heads=self.groups, **widths)

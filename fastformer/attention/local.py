@@ -99,16 +99,16 @@ class Local(Mixer):
         )
         super().__post_init__()
 
-    def mix(self, x_BTD, qkv, seqs, state):
+    def mix(self, qkv, seqs, state):
         causal = not self.bidirectional_mode
         return forward(*qkv, seq=seqs[0], window=self.window, state=state, causal=causal, bend=self.bend)
 
-    def refer(self, x_BTD, qkv, seqs):
+    def refer(self, qkv, seqs):
         causal = not self.bidirectional_mode
         return reference(*qkv, seq=seqs[0], window=self.window, causal=causal, bend=self.bend)
 
-    def init_state(self, batch, capacity, dtype=None):
-        widths = {"key_width": self.head_width, "value_width": self.head_width}
+    def empty(self, batch, capacity, dtype):
+        widths = {"key_width": self.head_width, "value_width": self.value_width}
         return init_state(
-            batch, capacity, dtype or self.dtype, window=self.window, kv_heads=self.groups, **widths
+            batch, capacity, dtype, window=self.window, kv_heads=self.groups, **widths
         )

@@ -7,9 +7,11 @@ from typing import Any, ClassVar, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fastformer.attention.positions import alibi_slopes, rope
 from fastformer.attention.scores import Bend
+from fastformer.attention.short_conv import Past, ShortConv, empty_past
 from fastformer.core.alphabet import constrain
 from fastformer.core.layers import Linear, RMSNorm, zero_padding
 from fastformer.core.seq import Seq
@@ -22,22 +24,38 @@ class Context(NamedTuple):
     seq: Seq
 
 
+class Convolved(NamedTuple):
+    """The state of a mixer with a short convolution: that of the mixer, and the newest tokens.
+
+    Attributes:
+      mixer: what the variant's ``empty`` makes.
+      past: what the convolution still sees.
+    """
+
+    mixer: Any
+    past: Past
+
+
 class Mixer(nn.Module):
     """A layer that mixes tokens over time: ``y_BTD, state = mixer(x_BTD, seq, state=None, context=None)``.
 
     A variant subclasses it, says below what it can do, adds its own fields, and defines ``mix``,
-    ``refer`` and ``init_state``.
+    ``refer`` and, where it streams, ``empty``. Where its paper needs more it redefines ``project``,
+    ``gates``, ``finish`` or ``value_width``.
 
     Attributes:
       heads: H. kv_heads: G, a divisor of H; 0 is H.
-      head_width: K = P; 0 is D / H.
+      head_width: K.
       bidirectional_mode: every token sees those after it too; needs ``bidirectional``.
       positions: "rope" rotates queries and keys, "alibi" biases the scores; any other does nothing here.
       rope_base: of the rotary frequencies.
       qk_norm: RMS-normalise queries and keys per head (Henry et al. 2020, 2010.04245, in RMS form).
       soft_cap: bound of the scores; 0 is off.
+      short_conv: tokens that a causal convolution of q, k and v spans; 0 is off, -1 as published.
       output_gate: multiply by ``sigmoid(x W)`` before the output projection.
       out_scale: of the initial output projection.
+      length: the most tokens of a row, for variants that have weights per position.
+      layer: index in the stack, for variants that depend on it.
       implementation: "auto" is the fast form; "reference" the paper's equation as written, in float32.
       dtype: of the products.
     """
@@ -48,18 +66,22 @@ class Mixer(nn.Module):
     cross: ClassVar[bool] = False  # looks at another sequence
     streaming: ClassVar[bool] = False  # goes on from a state
     scores: ClassVar[bool] = False  # has scores that ALiBi and the soft cap can bend
+    convolution: ClassVar[int] = 0  # short_conv as published
     small: ClassVar[dict[str, Any]] = {}  # own fields at sizes for short sequences, as in tests
 
     heads: int
+    head_width: int
     kv_heads: int = 0
-    head_width: int = 0
     bidirectional_mode: bool = False
     positions: str = "none"
     rope_base: float = 10000.0
     qk_norm: bool = False
     soft_cap: float = 0.0
+    short_conv: int = -1
     output_gate: bool = False
     out_scale: float = 1.0
+    length: int = 0
+    layer: int = 0
     implementation: str = "auto"
     dtype: jnp.dtype = jnp.float32
 
@@ -69,27 +91,101 @@ class Mixer(nn.Module):
         return self.kv_heads or self.heads
 
     @property
+    def value_width(self) -> int:
+        """Return P."""
+        return self.head_width
+
+    @property
     def bend(self) -> Bend:
         """Return what happens to scores."""
         slopes = tuple(alibi_slopes(self.heads).tolist()) if self.positions == "alibi" else ()
         return Bend(self.soft_cap, slopes)
 
-    def mix(self, x_BTD: jax.Array, qkv: tuple[jax.Array, ...], seqs: tuple[Seq, Seq], state: Any) -> tuple:
-        """Return ``(y_BTHP, state)`` of the fast form; ``seqs`` are those of queries and of keys."""
+    @property
+    def conv_width(self) -> int:
+        """Return the tokens that the short convolution spans, 0 without one."""
+        return self.convolution if self.short_conv < 0 else self.short_conv
+
+    # What a variant defines.
+
+    def mix(self, qkv: tuple[jax.Array, ...], seqs: tuple[Seq, Seq], state: Any) -> tuple[jax.Array, Any]:
+        """Return ``(y_BTHP, state)`` of the fast form.
+
+        Args:
+          qkv: queries, keys and values, then what ``gates`` returned.
+          seqs: of queries and of keys, one and the same object but in cross-attention.
+        """
         raise NotImplementedError
 
-    def refer(self, x_BTD: jax.Array, qkv: tuple[jax.Array, ...], seqs: tuple[Seq, Seq]) -> jax.Array:
+    def refer(self, qkv: tuple[jax.Array, ...], seqs: tuple[Seq, Seq]) -> jax.Array:
         """Return ``y_BTHP`` of the reference."""
         raise NotImplementedError
 
-    def init_state(self, batch: int, capacity: int, dtype: jnp.dtype | None = None) -> Any:
-        """Return an empty state for ``capacity`` tokens a row; needs ``head_width``."""
+    def empty(self, batch: int, capacity: int, dtype: jnp.dtype) -> Any:
+        """Return an empty state of the variant for ``capacity`` tokens a row."""
         raise NotImplementedError
+
+    # What it may redefine.
+
+    def gates(self, x_BTD: jax.Array, seq: Seq) -> tuple[jax.Array, ...]:
+        """Return what the variant computes from x besides q, k and v; submodules may be made."""
+        return ()
+
+    def project(
+        self, x_BTD: jax.Array, x_BSD: jax.Array, seqs: tuple[Seq, Seq], past: Past | None
+    ) -> tuple[tuple[jax.Array, ...], Past | None]:
+        """Return ``(q_BTHK, k_BSGK, v_BSGP)`` and what the next call needs of these tokens."""
+        q_BTHK = self.linear("query", x_BTD, "BTD,DHK->BTHK", self.heads, self.head_width)
+        k_BSGK = self.linear("key", x_BSD, "BSD,DGK->BSGK", self.groups, self.head_width)
+        v_BSGP = self.linear("value", x_BSD, "BSD,DGP->BSGP", self.groups, self.value_width)
+        if self.conv_width:
+            (q_BTHK, k_BSGK, v_BSGP), past = self.convolve((q_BTHK, k_BSGK, v_BSGP), seqs[0], past)
+        if self.qk_norm:
+            q_BTHK, k_BSGK = RMSNorm("K", name="query_norm")(q_BTHK), RMSNorm("K", name="key_norm")(k_BSGK)
+        if self.positions == "rope":
+            q_BTHK = rope(q_BTHK, seqs[0].position_BT, self.rope_base)
+            k_BSGK = rope(k_BSGK, seqs[1].position_BT, self.rope_base)
+        return (q_BTHK, k_BSGK, v_BSGP), past
+
+    def finish(self, y_BTHP: jax.Array, x_BTD: jax.Array) -> jax.Array:
+        """Return ``y_BTD``, zero where ``y_BTHP`` is: the output gate and the output projection."""
+        heads, value, width = *y_BTHP.shape[2:], x_BTD.shape[-1]
+        if self.output_gate:
+            y_BTHP = y_BTHP * jax.nn.sigmoid(self.linear("gate", x_BTD, "BTD,DHP->BTHP", heads, value))
+        return Linear("BTHP,HPD->BTD", (heads, value, width), self.out_scale, self.dtype, name="out")(y_BTHP)
+
+    def past_features(self) -> tuple[int, int]:
+        """Return how many tokens of the past ``project`` needs, and how many features of each."""
+        features = self.heads * self.head_width + self.groups * (self.head_width + self.value_width)
+        return max(self.conv_width - 1, 0), features
+
+    # What they share.
+
+    def linear(self, name: str, x_BTD: jax.Array, spec: str, *sizes: int) -> jax.Array:
+        """Return a projection of the model's width by ``spec``; ``sizes`` are the weight's other axes."""
+        return Linear(spec, (x_BTD.shape[-1], *sizes), dtype=self.dtype, name=name)(x_BTD)
+
+    def convolve(
+        self, parts: tuple[jax.Array, ...], seq: Seq, past: Past | None, bias: bool = False
+    ) -> tuple[tuple[jax.Array, ...], Past]:
+        """Return the parts [B, T, heads, width] after one short convolution over all their features."""
+        flat = [part.reshape(*part.shape[:2], -1) for part in parts]
+        conv = ShortConv(self.conv_width, bias, name="conv")
+        y_BTR, past = conv(jnp.concatenate(flat, axis=-1), seq, past)
+        cuts = np.cumsum([part.shape[-1] for part in flat])[:-1].tolist()
+        split = jnp.split(y_BTR, cuts, axis=-1)
+        return tuple(new.reshape(old.shape) for new, old in zip(split, parts)), past
+
+    def init_state(self, batch: int, capacity: int, dtype: jnp.dtype | None = None) -> Any:
+        """Return the layer's empty state for ``capacity`` tokens a row, in ``dtype`` or the layer's."""
+        state = self.empty(batch, capacity, dtype or self.dtype)
+        tokens, features = self.past_features()
+        return Convolved(state, empty_past(batch, tokens, features, dtype or self.dtype)) if tokens else state
 
     @nn.compact
     def __call__(
         self, x_BTD: jax.Array, seq: Seq, state: Any = None, context: Context | None = None
-    ) -> tuple:
+    ) -> tuple[jax.Array, Any]:
         """Return ``(y_BTD, state)``; y is zero at padding.
 
         Raises:
@@ -97,32 +193,19 @@ class Mixer(nn.Module):
         """
         self._refuse(state, context)
         x_BTD = zero_padding(x_BTD, seq)
-        kv_seq = seq if context is None else context.seq
+        seqs = (seq, seq if context is None else context.seq)
         x_BSD = x_BTD if context is None else zero_padding(context.x_BSD, context.seq)
-        width = x_BTD.shape[-1]
-        head = self.head_width or width // self.heads
-
-        def project(name: str, x: jax.Array, spec: str, heads: int) -> jax.Array:
-            return Linear(spec, (width, heads, head), dtype=self.dtype, name=name)(x)
-
-        q_BTHK = project("query", x_BTD, "BTD,DHK->BTHK", self.heads)
-        k_BSGK = project("key", x_BSD, "BSD,DGK->BSGK", self.groups)
-        v_BSGP = project("value", x_BSD, "BSD,DGP->BSGP", self.groups)
-        if self.qk_norm:
-            q_BTHK, k_BSGK = RMSNorm("K", name="query_norm")(q_BTHK), RMSNorm("K", name="key_norm")(k_BSGK)
-        if self.positions == "rope":
-            q_BTHK = rope(q_BTHK, seq.position_BT, self.rope_base)
-            k_BSGK = rope(k_BSGK, kv_seq.position_BT, self.rope_base)
-        qkv, seqs = (q_BTHK, k_BSGK, v_BSGP), (seq, kv_seq)
+        carries = bool(self.past_features()[0])
+        inner, past = state if carries and state is not None else (state, None)
+        qkv, past = self.project(x_BTD, x_BSD, seqs, past)
+        qkv = (*qkv, *self.gates(x_BTD, seq))
         if self.implementation == "reference":
-            y_BTHP, state = self.refer(x_BTD, qkv, seqs).astype(self.dtype), None
+            y_BTHP, state = self.refer(qkv, seqs).astype(self.dtype), None
         else:
-            y_BTHP, state = self.mix(x_BTD, qkv, seqs, state)
+            y_BTHP, inner = self.mix(qkv, seqs, inner)
+            state = Convolved(inner, past) if carries else inner
         y_BTHP = constrain(zero_padding(y_BTHP, seq), "BTHP")
-        if self.output_gate:
-            y_BTHP = y_BTHP * jax.nn.sigmoid(project("gate", x_BTD, "BTD,DHP->BTHP", self.heads))
-        out = Linear("BTHP,HPD->BTD", (self.heads, head, width), self.out_scale, self.dtype, name="out")
-        return out(y_BTHP), state
+        return self.finish(y_BTHP, x_BTD), state
 
     def _refuse(self, state: Any, context: Context | None) -> None:
         asked = {
@@ -131,6 +214,8 @@ class Mixer(nn.Module):
             "cross": context is not None,
             "streaming": state is not None,
         }
+        if self.conv_width and (context is not None or self.bidirectional_mode):
+            raise ValueError("a short convolution needs causal self-attention; set short_conv 0")
         for ability, wanted in asked.items():
             if wanted and not getattr(self, ability):
                 raise ValueError(f"{type(self).__name__} is not {ability}; {able(ability)}")

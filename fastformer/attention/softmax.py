@@ -121,12 +121,12 @@ class Softmax(Mixer):
     streaming: ClassVar[bool] = True
     scores: ClassVar[bool] = True
 
-    def mix(self, x_BTD, qkv, seqs, state):
+    def mix(self, qkv, seqs, state):
         seq, other = self._seqs(seqs)
         causal = not self.bidirectional_mode
         return forward(*qkv, seq=seq, state=state, kv_seq=other, causal=causal, bend=self.bend)
 
-    def refer(self, x_BTD, qkv, seqs):
+    def refer(self, qkv, seqs):
         seq, other = self._seqs(seqs)
         causal = other is None and not self.bidirectional_mode
         return reference(*qkv, seq=seq, kv_seq=other, causal=causal, bend=self.bend)
@@ -136,6 +136,6 @@ class Softmax(Mixer):
         """Return the Seq of queries, and that of keys where it is another sequence's."""
         return seqs[0], None if seqs[1] is seqs[0] else seqs[1]
 
-    def init_state(self, batch, capacity, dtype=None):
-        widths = {"key_width": self.head_width, "value_width": self.head_width}
-        return init_state(batch, capacity, dtype or self.dtype, kv_heads=self.groups, **widths)
+    def empty(self, batch, capacity, dtype):
+        widths = {"key_width": self.head_width, "value_width": self.value_width}
+        return init_state(batch, capacity, dtype, kv_heads=self.groups, **widths)

@@ -40,6 +40,7 @@ class Block(nn.Module):
 
     config: ModelConfig
     layer: int
+    length: int
 
     @nn.compact
     def __call__(
@@ -47,7 +48,7 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, Any]:
         """Return ``(x_BTD, state)``."""
         norm, rate = NORM_LAYERS[self.config.norm], self.config.dropout
-        mixed, state = self.config.mixer(self.layer)(norm(name="mixer_norm")(x_BTD), seq, state)
+        mixed, state = self.config.mixer(self.layer, self.length)(norm(name="mixer_norm")(x_BTD), seq, state)
         x_BTD += nn.Dropout(rate)(mixed, deterministic=deterministic)
         h_BTD = MLP(self.config, name="mlp")(norm(name="mlp_norm")(x_BTD))
         return constrain(x_BTD + nn.Dropout(rate)(h_BTD, deterministic=deterministic), "BTD"), state

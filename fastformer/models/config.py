@@ -38,6 +38,7 @@ class ModelConfig:
     rope_base: float
     qk_norm: bool
     soft_cap: float
+    short_conv: int
     output_gate: bool
     tied: bool
     dropout: float
@@ -53,6 +54,7 @@ class ModelConfig:
         for field, kinds in (("norm", NORMS), ("mlp", MLPS), ("positions", KINDS), ("dtype", tuple(COMPUTE))):
             lookup(dict.fromkeys(kinds), getattr(self, field), field)
         require(0 <= self.dropout < 1, "dropout", self.dropout, "a rate from 0 to below 1")
+        require(self.short_conv >= -1, "short_conv", self.short_conv, "tokens, 0 (none) or -1 (as published)")
         require(self.rope_base > 1, "rope_base", self.rope_base, "above 1")
         if not self.head_width and self.width % self.heads:
             raise FieldError("heads", f"{self.heads} does not divide config.model.width {self.width}")
@@ -98,8 +100,11 @@ class ModelConfig:
         default = 4 * self.width if self.mlp == "gelu" else -(-8 * self.width // 3 // 8) * 8
         return self.ff_width or default
 
-    def mixer(self, layer: int, detached: bool = False) -> Any:
+    def mixer(self, layer: int, length: int = 0, detached: bool = False) -> Any:
         """Return the mixer of a layer: a submodule of the module at work, or ``detached`` from any.
+
+        Args:
+          length: the most tokens of a row; 0 where no weights are made.
 
         Raises:
           FieldError: a bad field of the variant, or something it cannot do.
@@ -113,8 +118,11 @@ class ModelConfig:
             "rope_base": self.rope_base,
             "qk_norm": self.qk_norm,
             "soft_cap": self.soft_cap,
+            "short_conv": self.short_conv,
             "output_gate": self.output_gate,
             "out_scale": (2 * self.layers) ** -0.5,
+            "length": length,
+            "layer": layer,
             "dtype": COMPUTE[self.dtype],
         }
         if detached:

@@ -50,7 +50,7 @@ class Decoder(nn.Module):
         states = state or (None,) * c.layers
         ends = []
         for layer in range(c.layers):
-            block = Block(c, layer, name=f"layer_{layer}")
+            block = Block(c, layer, self.length, name=f"layer_{layer}")
             x_BTD, end = block(x_BTD, seq, states[layer], deterministic)
             ends.append(end)
         x_BTD = NORM_LAYERS[c.norm](name="norm")(x_BTD)
@@ -64,4 +64,5 @@ class Decoder(nn.Module):
     def init_state(self, batch: int, capacity: int) -> tuple:
         """Return the empty state of every layer, for ``capacity`` tokens a row."""
         layers = range(self.config.layers)
-        return tuple(self.config.mixer(layer, detached=True).init_state(batch, capacity) for layer in layers)
+        mixers = (self.config.mixer(layer, self.length, detached=True) for layer in layers)
+        return tuple(mixer.init_state(batch, capacity) for mixer in mixers)

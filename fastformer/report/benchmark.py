@@ -93,7 +93,7 @@ def run_benchmark(config: ConfigDict, workdir: Path) -> list[dict[str, Any]]:
     for length in options.lengths:
         shape = (options.batch, length, model.width)
         contestants = {
-            name: _contestant(_mixer(model, name), shape, COMPUTE[model.dtype]) for name in variants
+            name: _contestant(_mixer(model, name, length), shape, COMPUTE[model.dtype]) for name in variants
         }
         if peer is not None:
             forward, both = torch_peer.layer(peer, shape, _heads(model), model.dtype)
@@ -109,13 +109,13 @@ def _heads(model: ModelConfig) -> tuple[int, int, int]:
     return model.heads, model.kv_heads or model.heads, model.key_width
 
 
-def _mixer(model: ModelConfig, name: str) -> nn.Module:
+def _mixer(model: ModelConfig, name: str, length: int) -> nn.Module:
     own = {key: value for key, value in model.attention.items() if key in own_fields(name)}
     try:
         alone = dataclasses.replace(model, pattern=(), attention={"name": name, **own})
     except UserError as error:
         raise UserError(f"config.benchmark.variants: {name} cannot be: {error}") from error
-    return alone.mixer(0, detached=True)
+    return alone.mixer(0, length, detached=True)
 
 
 def _contestant(mixer: nn.Module, shape: tuple[int, int, int], dtype: jnp.dtype) -> Contestant:
