@@ -19,10 +19,12 @@ def get_config() -> ConfigDict:
     c.model.layers = 4
     c.model.width = 192
     c.model.heads = 2
-    c.train.steps = 240
+    c.model.short_conv = 4  # at so few steps worth more than any other choice here
+    c.train.steps = 220
     c.train.batch = 8
     c.optimiser.name = "muon"  # ahead of adamw at so few steps
-    c.optimiser.learning_rate = 1e-2
+    c.optimiser.learning_rate = 1.5e-2
+    c.optimiser.b1 = 0.8
     c.optimiser.warmup_steps = 20
     c.optimiser.final_fraction = 0.02
     c.evaluate.every = 0

@@ -4,9 +4,9 @@ Question: how much quality do a sliding window and a constant state give up agai
   attention, and what do they save, in the same small model trained on the same tokens?
 Command: python launch.py --experiment=experiments/mixers
 Hardware: 2 CPU cores
-Minutes: 30
+Minutes: 25
 Expectation: softmax predicts best and linear (elu + 1, without decay) worst, for it cannot forget
-  or pick out one token; a window of 64 lies close to softmax, since most of what the next byte
+  or pick out one token; a window of 64 lies close to softmax, since most of what the next token
   needs stands nearby. linear keeps the smallest state, whatever the length, and softmax the largest.
 Source: Katharopoulos et al. 2020 (2006.16236), section 4.3, where linear attention recognises speech
   worse than softmax; Child et al. 2019 (1904.10509), section 4.1, where many layers learn to look
@@ -29,6 +29,8 @@ WINDOW = 64  # an eighth of the row
 def get_config(arm: str) -> ConfigDict:
     c = base.get_config()
     c.name = f"mixers-{arm}"
+    c.data.tokeniser = "bpe"
+    c.data.vocabulary = 1024
     c.data.length = 512
     c.model.layers = 3
     c.model.width = 128
@@ -36,13 +38,15 @@ def get_config(arm: str) -> ConfigDict:
     c.model.attention.name = arm
     if arm == "local":
         c.model.attention.window = WINDOW
-    c.train.steps = 400
+    c.train.steps = 300
     c.train.batch = 4
-    c.optimiser.warmup_steps = 40
+    c.optimiser.name = "muon"
+    c.optimiser.learning_rate = 1e-2
+    c.optimiser.warmup_steps = 30
     c.evaluate.every = 100
     c.evaluate.rows = 64
     c.evaluate.batch = 16
-    c.checkpoint.every = 200
+    c.checkpoint.every = 150
     c.generate.prompt = "def "
     return c
 

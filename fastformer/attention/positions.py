@@ -17,7 +17,8 @@ def rope(x_BTHK: jax.Array, position_BT: jax.Array, base: float) -> jax.Array:
     half = x_BTHK.shape[-1] // 2
     frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle = position_BT[:, :, None, None].astype(jnp.float32) * frequency.reshape(1, 1, 1, half)
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    # Without the barrier XLA fuses the cosines into each use and computes them anew for every head.
+    cos, sin = jax.lax.optimization_barrier((jnp.cos(angle), jnp.sin(angle)))
     a, b = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTHK.dtype)
 

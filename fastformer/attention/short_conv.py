@@ -67,7 +67,7 @@ def windows(x_BTR: jax.Array, seq: Seq, width: int, past: Past | None) -> tuple[
 
 
 class ShortConv(nn.Module):
-    """``silu(sum_w weight_w * x_{t-w})`` of each feature by itself, never across segments.
+    """``silu(sum_w tap_w * x_{t-w})`` of each feature by itself, never across segments.
 
     Attributes:
       width: tokens that a window holds, the token itself among them.
@@ -83,9 +83,9 @@ class ShortConv(nn.Module):
         features = x_BTR.shape[-1]
         init = nn.initializers.normal(self.width**-0.5)
         init = nn.with_logical_partitioning(init, ("W", "R"))
-        weight_WR = self.param("weight", init, (self.width, features))
+        tap_WR = self.param("taps", init, (self.width, features))
         window, past = windows(x_BTR, seq, self.width, past)
-        y_BTR = sum(x.astype(jnp.float32) * w.reshape(1, 1, -1) for x, w in zip(window, weight_WR))
+        y_BTR = sum(x.astype(jnp.float32) * w.reshape(1, 1, -1) for x, w in zip(window, tap_WR))
         if self.bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("R",))
             y_BTR += self.param("bias", zeros, (features,)).reshape(1, 1, -1)

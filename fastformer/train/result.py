@@ -135,10 +135,18 @@ def device(mesh: Mesh) -> str:
 
 
 def commit() -> str | None:
-    """Return the commit that this code is at, ``-dirty`` when it was changed since; None outside of git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    """Return the commit that this code is at, ``-dirty`` when a tracked Python file was changed since.
+
+    None outside of git. Other files do not count: an experiment writes its own results while it runs.
+    """
+
+    def git(*words: str) -> subprocess.CompletedProcess:
+        here = Path(__file__).parent
+        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, timeout=30)
+
     try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=30)
+        head = git("rev-parse", "HEAD")
+        changed = git("diff", "--quiet", "HEAD", "--", ":(top,glob)**/*.py")
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() or None
+    return head.stdout.strip() + "-dirty" * (changed.returncode == 1) if head.returncode == 0 else None
