@@ -42,6 +42,7 @@ def get_config() -> ConfigDict:
     c.model.tied = True  # embedding and output head share one matrix
     c.model.dropout = 0.0  # rate on each branch before it joins the residual stream
     c.model.dtype = "float32"  # or bfloat16: of activations; weights, norms and states stay float32
+    c.model.implementation = "auto"  # or reference (the papers' equations), xla, pallas, cudnn: tried first
     c.model.pattern = ()  # mixers by layer, repeated: ("local", "local", "softmax"); () is attention.name
     c.model.attention = ConfigDict()
     c.model.attention.name = "softmax"  # a row of fastformer.attention.VARIANTS; its own fields go beside it

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from fastformer.attention import cache
-from fastformer.attention.blocked import BLOCK, attend
 from fastformer.attention.cache import KVState
+from fastformer.attention.implementations import attend
 from fastformer.attention.mixer import Mixer
 from fastformer.attention.scores import Bend, Mask, reference_attention
 from fastformer.attention.softmax import stream
@@ -41,18 +41,19 @@ def forward(
     state: KVState | None = None,
     causal: bool = True,
     bend: Bend = Bend(),
-    block: int = BLOCK,
+    implementation: str = "auto",
 ) -> tuple[jax.Array, KVState | None]:
     """Return ``(y_BTHP, state)`` from the blocks that the window touches.
 
     Args:
       window: W; a token sees itself and the W - 1 before it (and after it when not causal).
-      block: tokens in a block.
+      implementation: a row of IMPLEMENTATIONS, or "auto".
     """
     mask = Mask(causal, window)
     if not causal:
-        return attend(q_BTHK, k_BTGK, v_BTGP, seq, seq, mask, bend, block=block), None
-    y_BTHP, grown = stream(q_BTHK, k_BTGK, v_BTGP, seq, state, mask, bend, block=block)
+        y_BTHP = attend(q_BTHK, k_BTGK, v_BTGP, (seq, seq), mask, bend, implementation=implementation)
+        return y_BTHP, None
+    y_BTHP, grown = stream(q_BTHK, k_BTGK, v_BTGP, seq, state, mask, bend, implementation)
     if state is not None:
         return y_BTHP, grown
     empty = cache.empty(
@@ -86,6 +87,7 @@ class Local(Mixer):
     bidirectional: ClassVar[bool] = True
     streaming: ClassVar[bool] = True
     scores: ClassVar[bool] = True
+    kernels: ClassVar[bool] = True
     small: ClassVar[dict] = {"window": 16}
 
     window: int = 128
@@ -101,7 +103,8 @@ class Local(Mixer):
 
     def mix(self, qkv, seqs, state):
         causal = not self.bidirectional_mode
-        return forward(*qkv, seq=seqs[0], window=self.window, state=state, causal=causal, bend=self.bend)
+        options = {"causal": causal, "bend": self.bend, "implementation": self.implementation}
+        return forward(*qkv, seq=seqs[0], window=self.window, state=state, **options)
 
     def refer(self, qkv, seqs):
         causal = not self.bidirectional_mode

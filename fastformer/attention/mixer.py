@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
@@ -56,7 +57,8 @@ class Mixer(nn.Module):
       out_scale: of the initial output projection.
       length: the most tokens of a row, for variants that have weights per position.
       layer: index in the stack, for variants that depend on it.
-      implementation: "auto" is the fast form; "reference" the paper's equation as written, in float32.
+      implementation: "auto" is the fast form; "reference" the paper's equation as written, in float32; any
+        other is a kernel that variants with ``kernels`` try first.
       dtype: of the products.
     """
 
@@ -67,6 +69,7 @@ class Mixer(nn.Module):
     streaming: ClassVar[bool] = False  # goes on from a state
     scores: ClassVar[bool] = False  # has scores that ALiBi and the soft cap can bend
     convolution: ClassVar[int] = 0  # short_conv as published
+    kernels: ClassVar[bool] = False  # has rows of attention/implementations.py to choose from
     small: ClassVar[dict[str, Any]] = {}  # own fields at sizes for short sequences, as in tests
 
     heads: int
@@ -199,6 +202,8 @@ class Mixer(nn.Module):
         inner, past = state if carries and state is not None else (state, None)
         qkv, past = self.project(x_BTD, x_BSD, seqs, past)
         qkv = (*qkv, *self.gates(x_BTD, seq))
+        if not self.kernels and self.implementation not in ("auto", "xla", "reference"):
+            warnings.warn(f"{type(self).__name__} has no {self.implementation}; xla serves", stacklevel=2)
         if self.implementation == "reference":
             y_BTHP, state = self.refer(qkv, seqs).astype(self.dtype), None
         else:

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from fastformer.attention import cache
-from fastformer.attention.blocked import BLOCK, attend
 from fastformer.attention.cache import KVState
+from fastformer.attention.implementations import attend
 from fastformer.attention.mixer import Mixer
 from fastformer.attention.scores import Bend, Mask, reference_attention
 from fastformer.core.seq import Seq
@@ -39,21 +39,25 @@ def forward(
     kv_seq: Seq | None = None,
     causal: bool = True,
     bend: Bend = Bend(),
-    block: int = BLOCK,
+    implementation: str = "auto",
 ) -> tuple[jax.Array, KVState | None]:
     """Return ``(y_BTHP, state)`` in blocks, or against the slots of a state when T = 1.
 
     Args:
       kv_seq: the Seq of another sequence that k and v come from (cross-attention, no state).
       causal: False lets every token see those after it (no state).
-      block: tokens in a block.
+      implementation: a row of IMPLEMENTATIONS, or "auto".
     """
     if kv_seq is not None or not causal:
         # Without a causal order there is one timeline at most: every block is seen.
         seqs = (seq, kv_seq or seq)
+        past = None if kv_seq is not None else 0
         mask = Mask(causal and kv_seq is None)
-        return attend(q_BTHK, k_BSGK, v_BSGP, *seqs, mask, bend, past=None, block=block), None
-    return stream(q_BTHK, k_BSGK, v_BSGP, seq, state, Mask(True), bend, block=block)
+        y_BTHP = attend(
+            q_BTHK, k_BSGK, v_BSGP, seqs, mask, bend, past=past, implementation=implementation
+        )
+        return y_BTHP, None
+    return stream(q_BTHK, k_BSGK, v_BSGP, seq, state, Mask(True), bend, implementation)
 
 
 def stream(
@@ -64,12 +68,11 @@ def stream(
     state: KVState | None,
     mask: Mask,
     bend: Bend,
-    *,
-    block: int,
+    implementation: str,
 ) -> tuple[jax.Array, KVState]:
     """Return ``(y_BTHP, state)`` of causal attention that goes on from the keys and values of a state."""
     if state is None:
-        y_BTHP = attend(q_BTHK, k_BTGK, v_BTGP, seq, seq, mask, bend, block=block)
+        y_BTHP = attend(q_BTHK, k_BTGK, v_BTGP, (seq, seq), mask, bend, implementation=implementation)
         return y_BTHP, cache.growing(k_BTGK, v_BTGP, seq)
     if q_BTHK.shape[1] == 1:
         # The token takes its slot first: what it pushes out of a ring is out of its sight anyway.
@@ -77,9 +80,8 @@ def stream(
         return decode(q_BTHK, state, seq, mask, bend), state
     slots = state.segment_BS.shape[1]
     keys = cache.joined(state, k_BTGK, v_BTGP, seq)
-    y_BTHP = attend(
-        q_BTHK, keys.key_BSGK, keys.value_BSGP, seq, keys.seq, mask, bend, past=slots, block=block
-    )
+    seqs = (seq, keys.seq)
+    y_BTHP = attend(q_BTHK, keys.key_BSGK, keys.value_BSGP, seqs, mask, bend, past=slots)
     return y_BTHP, cache.append(state, k_BTGK, v_BTGP, seq)
 
 
@@ -120,11 +122,13 @@ class Softmax(Mixer):
     cross: ClassVar[bool] = True
     streaming: ClassVar[bool] = True
     scores: ClassVar[bool] = True
+    kernels: ClassVar[bool] = True
 
     def mix(self, qkv, seqs, state):
         seq, other = self._seqs(seqs)
         causal = not self.bidirectional_mode
-        return forward(*qkv, seq=seq, state=state, kv_seq=other, causal=causal, bend=self.bend)
+        options = {"causal": causal, "bend": self.bend, "implementation": self.implementation}
+        return forward(*qkv, seq=seq, state=state, kv_seq=other, **options)
 
     def refer(self, qkv, seqs):
         seq, other = self._seqs(seqs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -64,14 +65,27 @@ def rules(sharding: Mapping[str, tuple[str, ...]]) -> tuple[tuple[str, tuple[str
     return tuple((letter, tuple(axes)) for letter, axes in sharding.items())
 
 
+_MESH: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", default=None)
+
+
+def platform() -> str:
+    """Return what the program is made for, "cpu", "gpu" or "tpu": the mesh's devices, there or not."""
+    mesh = _MESH.get()
+    return mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
+
+
 @contextlib.contextmanager
 def use(mesh: Mesh, axis_rules: tuple[tuple[str, tuple[str, ...]], ...]) -> Iterator[None]:
     """Within it, ``constrain`` and logical parameter axes mean this mesh.
 
     It must be jax.set_mesh: under the older ``with mesh:`` flax's constraints do nothing.
     """
-    with jax.set_mesh(mesh), nn.logical_axis_rules(axis_rules):
-        yield
+    token = _MESH.set(mesh)
+    try:
+        with jax.set_mesh(mesh), nn.logical_axis_rules(axis_rules):
+            yield
+    finally:
+        _MESH.reset(token)
 
 
 def shardings(boxed: Any, mesh: Mesh, axis_rules: tuple[tuple[str, tuple[str, ...]], ...]) -> Any:

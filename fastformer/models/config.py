@@ -9,6 +9,7 @@ from typing import Any
 from flax.core import FrozenDict
 
 from fastformer.attention import VARIANTS, check, make
+from fastformer.attention.implementations import IMPLEMENTATIONS
 from fastformer.attention.positions import KINDS
 from fastformer.core.dtypes import COMPUTE
 from fastformer.core.errors import FieldError, lookup, require
@@ -43,6 +44,7 @@ class ModelConfig:
     tied: bool
     dropout: float
     dtype: str
+    implementation: str
     pattern: tuple[str, ...]
     attention: Mapping[str, Any]
 
@@ -53,6 +55,7 @@ class ModelConfig:
             require(getattr(self, field) >= 0, field, getattr(self, field), "0 or more")
         for field, kinds in (("norm", NORMS), ("mlp", MLPS), ("positions", KINDS), ("dtype", tuple(COMPUTE))):
             lookup(dict.fromkeys(kinds), getattr(self, field), field)
+        lookup({"auto": 0, "reference": 0, **IMPLEMENTATIONS}, self.implementation, "implementation")
         require(0 <= self.dropout < 1, "dropout", self.dropout, "a rate from 0 to below 1")
         require(self.short_conv >= -1, "short_conv", self.short_conv, "tokens, 0 (none) or -1 (as published)")
         require(self.rope_base > 1, "rope_base", self.rope_base, "above 1")
@@ -123,6 +126,7 @@ class ModelConfig:
             "out_scale": (2 * self.layers) ** -0.5,
             "length": length,
             "layer": layer,
+            "implementation": self.implementation,
             "dtype": COMPUTE[self.dtype],
         }
         if detached:
