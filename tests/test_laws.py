@@ -92,7 +92,7 @@ def value_and_gradients(name, x, seq, **shared):
     return y, gradients
 
 
-def close(a, b, tolerance=2e-5):
+def close(a, b, tolerance=5e-5):
     for left, right in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         left, right = np.asarray(left, np.float64), np.asarray(right, np.float64)
         np.testing.assert_allclose(left, right, atol=tolerance * max(1.0, np.abs(right).max()), rtol=0)

@@ -4,7 +4,7 @@ Question: how much quality do a sliding window and a constant state give up agai
   attention, and what do they save, in the same small model trained on the same tokens?
 Command: python launch.py --experiment=experiments/mixers
 Hardware: 2 CPU cores
-Minutes: 25
+Minutes: 22
 Expectation: softmax predicts best and linear (elu + 1, without decay) worst, for it cannot forget
   or pick out one token; a window of 64 lies close to softmax, since most of what the next token
   needs stands nearby. linear keeps the smallest state, whatever the length, and softmax the largest.

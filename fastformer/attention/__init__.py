@@ -10,9 +10,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from fastformer.attention.decay import GLA, HGRN2, Mamba2, Retention
+from fastformer.attention.delta import Delta, DeltaProduct, GatedDelta, KimiDelta
 from fastformer.attention.linear import LinearAttention
 from fastformer.attention.local import Local
 from fastformer.attention.mixer import Context, Mixer, able
+from fastformer.attention.rwkv import RWKV7
 from fastformer.attention.softmax import Softmax
 from fastformer.core.errors import FieldError, lookup, nearest
 
@@ -22,6 +25,15 @@ VARIANTS: dict[str, type[Mixer]] = {
     "softmax": Softmax,
     "local": Local,
     "linear": LinearAttention,
+    "retention": Retention,
+    "gla": GLA,
+    "hgrn2": HGRN2,
+    "mamba2": Mamba2,
+    "delta": Delta,
+    "gated_delta": GatedDelta,
+    "kimi_delta": KimiDelta,
+    "delta_product": DeltaProduct,
+    "rwkv7": RWKV7,
 }
 
 _SHARED = {field.name for field in dataclasses.fields(Mixer)}

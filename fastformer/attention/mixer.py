@@ -48,13 +48,15 @@ class Mixer(nn.Module):
       heads: H. kv_heads: G, a divisor of H; 0 is H.
       head_width: K.
       bidirectional_mode: every token sees those after it too; needs ``bidirectional``.
-      positions: "rope" rotates queries and keys, "alibi" biases the scores; any other does nothing here.
+      positions: "rope" rotates queries and keys (of variants that are ``rotary``: others know order by
+        themselves), "alibi" biases the scores; any other does nothing here.
       rope_base: of the rotary frequencies.
       qk_norm: RMS-normalise queries and keys per head (Henry et al. 2020, 2010.04245, in RMS form).
       soft_cap: bound of the scores; 0 is off.
       short_conv: tokens that a causal convolution of q, k and v spans; 0 is off, -1 as published.
       output_gate: multiply by ``sigmoid(x W)`` before the output projection.
       out_scale: of the initial output projection.
+      width: D, for states that keep tokens as they came; 0 is H K.
       length: the most tokens of a row, for variants that have weights per position.
       layer: index in the stack, for variants that depend on it.
       implementation: "auto" is the fast form; "reference" the paper's equation as written, in float32; any
@@ -68,6 +70,7 @@ class Mixer(nn.Module):
     cross: ClassVar[bool] = False  # looks at another sequence
     streaming: ClassVar[bool] = False  # goes on from a state
     scores: ClassVar[bool] = False  # has scores that ALiBi and the soft cap can bend
+    rotary: ClassVar[bool] = True  # its queries and keys are rotated where positions are "rope"
     convolution: ClassVar[int] = 0  # short_conv as published
     kernels: ClassVar[bool] = False  # has rows of attention/implementations.py to choose from
     small: ClassVar[dict[str, Any]] = {}  # own fields at sizes for short sequences, as in tests
@@ -83,6 +86,7 @@ class Mixer(nn.Module):
     short_conv: int = -1
     output_gate: bool = False
     out_scale: float = 1.0
+    width: int = 0
     length: int = 0
     layer: int = 0
     implementation: str = "auto"
@@ -145,7 +149,7 @@ class Mixer(nn.Module):
             (q_BTHK, k_BSGK, v_BSGP), past = self.convolve((q_BTHK, k_BSGK, v_BSGP), seqs[0], past)
         if self.qk_norm:
             q_BTHK, k_BSGK = RMSNorm("K", name="query_norm")(q_BTHK), RMSNorm("K", name="key_norm")(k_BSGK)
-        if self.positions == "rope":
+        if self.positions == "rope" and self.rotary:
             q_BTHK = rope(q_BTHK, seqs[0].position_BT, self.rope_base)
             k_BSGK = rope(k_BSGK, seqs[1].position_BT, self.rope_base)
         return (q_BTHK, k_BSGK, v_BSGP), past

@@ -124,6 +124,7 @@ class ModelConfig:
             "short_conv": self.short_conv,
             "output_gate": self.output_gate,
             "out_scale": (2 * self.layers) ** -0.5,
+            "width": self.width,
             "length": length,
             "layer": layer,
             "implementation": self.implementation,

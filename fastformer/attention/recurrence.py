@@ -1,0 +1,198 @@
+"""The recurrence behind linear, decayed and delta-rule attention, in chunks and as a loop.
+
+All of them keep a memory M of shape [K, P] a head and differ in what a token does to it:
+
+    M_t = diag(exp(log_decay_t)) M_{t-1} + k_t v_t^T + b_t (r_t^T M_{t-1}),    y_t = M_t^T q_t.
+
+Without ``read`` r and ``erase`` b it is linear attention with decay; a delta rule reads what it is about
+to overwrite. Within a chunk the sums over the past are products of matrices (Yang et al. 2023, 2312.06635,
+section 4), and what the tokens of a chunk read of each other is one triangular system, the WY form of
+products of Householder matrices (Yang et al. 2024, 2406.06484, section 3). Decays stay in log space and
+only exponentials of sums that are not positive are taken, so that 1e-6 and 1 are equally exact.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fastformer.core.layers import zero_padding
+from fastformer.core.seq import Seq
+
+CHUNK = 64  # tokens, where a decay is one number a head
+CHANNEL_CHUNK = 16  # tokens, where it is one a channel: pairs of tokens then cost K exponentials
+
+
+class Memory(NamedTuple):
+    """All that is left of the past; in bytes, 4 B G K P + 4 B.
+
+    Attributes:
+      memory_BGKP: float32.
+      segment_B: int32, the segment it belongs to; 0 is none.
+    """
+
+    memory_BGKP: jax.Array
+    segment_B: jax.Array
+
+
+class Tokens(NamedTuple):
+    """What tokens do to the memory, float32.
+
+    Attributes:
+      q_BTGMK: what is read for the output; M query heads share a memory.
+      k_BTGK, v_BTGP: what is written.
+      log_BTGK: the decay's logarithm, at most 0; K is 1 where a head has one decay; None is no decay.
+      read_BTGK: r; None is none.
+      erase_BTGK: b; None with ``read`` is -k: a delta rule, whose k carries its strength.
+    """
+
+    q_BTGMK: jax.Array
+    k_BTGK: jax.Array
+    v_BTGP: jax.Array
+    log_BTGK: jax.Array | None = None
+    read_BTGK: jax.Array | None = None
+    erase_BTGK: jax.Array | None = None
+
+
+def empty_memory(batch: int, groups: int, key_width: int, value_width: int) -> Memory:
+    """Return an empty memory: 4 B G K P + 4 B bytes, whatever the number of tokens."""
+    memory = jnp.zeros((batch, groups, key_width, value_width), jnp.float32)
+    return Memory(memory, jnp.zeros((batch,), jnp.int32))
+
+
+def grouped(q_BTHK: jax.Array, groups: int) -> jax.Array:
+    """Return ``q_BTGMK``: query heads by the key/value head that they share."""
+    batch, time, heads, width = q_BTHK.shape
+    return q_BTHK.reshape(batch, time, groups, heads // groups, width)
+
+
+def recur(
+    tokens: Tokens, seq: Seq, state: Memory | None = None, chunk: int | None = None
+) -> tuple[jax.Array, Memory]:
+    """Return ``(y_BTHP, state)`` float32, in chunks.
+
+    Args:
+      state: of the past; None is an empty one.
+      chunk: C, tokens in a chunk, on which the result does not depend; None is a good size.
+    """
+    tokens = _clean(tokens, seq)
+    batch, time, groups, share, _ = tokens.q_BTGMK.shape
+    width = tokens.v_BTGP.shape[-1]
+    state = empty_memory(batch, groups, tokens.k_BTGK.shape[-1], width) if state is None else state
+    by_channel = tokens.log_BTGK.shape[-1] > 1
+    chunk = min(chunk or (CHANNEL_CHUNK if by_channel else CHUNK), time)
+    segment_NBC = to_chunks(seq.segment_BT, chunk)
+    last_NB = last_segments(segment_NBC, state.segment_B)
+    before_NB = jnp.concatenate([state.segment_B[None], last_NB[:-1]])
+    chunks = (jax.tree.map(lambda x: to_chunks(x, chunk), tokens), segment_NBC, before_NB, last_NB)
+    memory, y_NBCGMP = jax.lax.scan(jax.checkpoint(_chunk), state.memory_BGKP, chunks)
+    y_BTHP = jnp.moveaxis(y_NBCGMP, 0, 1).reshape(batch, -1, groups * share, width)
+    return y_BTHP[:, :time], Memory(memory, last_NB[-1])
+
+
+def _clean(tokens: Tokens, seq: Seq) -> Tokens:
+    """Return the tokens in float32, with zeros at padding: it writes nothing and does not decay."""
+    if tokens.log_BTGK is None:
+        tokens = tokens._replace(log_BTGK=jnp.zeros((*seq.segment_BT.shape, 1, 1)))
+    return jax.tree.map(lambda x: zero_padding(x.astype(jnp.float32), seq), tokens)
+
+
+def to_chunks(x: jax.Array, chunk: int) -> jax.Array:
+    """Return ``[B, T, …] -> [N, B, C, …]``, padded with zeros."""
+    x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % chunk)] + [(0, 0)] * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
+
+
+def loop(tokens: Tokens, seq: Seq) -> jax.Array:
+    """Return ``y_BTHP`` float32 by the recurrence as written above, token after token: the reference."""
+    tokens = _clean(tokens, seq)
+    batch, _, groups, _, width = tokens.q_BTGMK.shape
+
+    def step(carry: tuple, token: tuple) -> tuple:
+        memory, before_B = carry
+        (q, k, v, log, read, erase), segment_B = token
+        real = (segment_B > 0)[:, None, None, None]
+        fresh = real & (segment_B != before_B)[:, None, None, None]
+        memory = jnp.where(fresh, 0.0, memory)
+        new = memory * jnp.exp(log)[..., None] + k[..., None] * v[:, :, None]
+        if read is not None:
+            erase = -k if erase is None else erase
+            new += erase[..., None] * jnp.einsum("BGK,BGKP->BGP", read, memory)[:, :, None]
+        y = jnp.einsum("BGMK,BGKP->BGMP", q, new)
+        return (jnp.where(real, new, memory), jnp.where(segment_B > 0, segment_B, before_B)), y
+
+    start = empty_memory(batch, groups, width, tokens.v_BTGP.shape[-1])
+    turned = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (tokens, seq.segment_BT))
+    _, y_TBGMP = jax.lax.scan(step, tuple(start), turned)
+    y_BTGMP = jnp.moveaxis(y_TBGMP, 0, 1)
+    return y_BTGMP.reshape(*y_BTGMP.shape[:2], -1, y_BTGMP.shape[-1])
+
+
+def last_segments(segment_NBC: jax.Array, first_B: jax.Array) -> jax.Array:
+    """Return the segment of the last real token up to the end of each chunk, [N, B]."""
+
+    def latest(before_B: jax.Array, segment_BC: jax.Array) -> tuple[jax.Array, jax.Array]:
+        index = jnp.where(segment_BC > 0, jnp.arange(segment_BC.shape[1])[None, :], -1).max(axis=1)
+        found = jnp.take_along_axis(segment_BC, jnp.maximum(index, 0)[:, None], axis=1)[:, 0]
+        now_B = jnp.where(index >= 0, found, before_B)
+        return now_B, now_B
+
+    return jax.lax.scan(latest, first_B, segment_NBC)[1]
+
+
+def _chunk(memory: jax.Array, inputs: tuple) -> tuple[jax.Array, jax.Array]:
+    """Take one chunk: ``(memory_BGKP, what is in it) -> (memory_BGKP, y_BCGMP)``."""
+    (q, k, v, log, read, erase), segment_BC, before_B, last_B = inputs
+    # A token sees those of its segment up to itself; the memory, if its segment came from before;
+    # and the memory keeps those of the segment that the chunk ends in.
+    same_BCS = segment_BC[:, :, None] == segment_BC[:, None, :]
+    order = jnp.tril(jnp.ones(same_BCS.shape[1:], bool))
+    sees = (same_BCS & order[None], same_BCS & (order & ~jnp.eye(len(order), dtype=bool))[None])
+    past = (segment_BC == before_B[:, None]).astype(jnp.float32)[:, :, None, None]
+    stays = (segment_BC == last_B[:, None]).astype(jnp.float32)[:, :, None, None]
+    kept = (last_B == before_B).astype(jnp.float32)[:, None, None, None]
+    total = jnp.cumsum(log, axis=1)  # of decays, BCGK
+    end = total[:, -1:]
+    writes = [(k, v)]
+    if read is not None:
+        before = total - log  # up to the token before
+        unread = jnp.einsum("BCGK,BGKP->BCGP", read * jnp.exp(before) * past, memory)
+        to_k = _pairs(read[:, :, :, None], k, before, total, sees[1])[:, :, 0]
+        if erase is None:
+            # u_t = v_t - r_t^T M_{t-1}, where M holds the u of the tokens before.
+            writes = [(k, _solve(to_k, v - unread))]
+        else:
+            # e_t = r_t^T M_{t-1}, where M holds k v and b e of the tokens before.
+            to_b = _pairs(read[:, :, :, None], erase, before, total, sees[1])[:, :, 0]
+            read_k = unread + jnp.einsum("BGCS,BSGP->BCGP", to_k, v)
+            writes.append((erase, _solve(-to_b, read_k)))
+    y = jnp.einsum("BCGMK,BGKP->BCGMP", q * (jnp.exp(total) * past)[:, :, :, None], memory)
+    memory = memory * kept * jnp.exp(end[:, 0])[..., None]
+    for key, value in writes:
+        y += jnp.einsum("BGMCS,BSGP->BCGMP", _pairs(q, key, total, total, sees[0]), value)
+        memory += jnp.einsum("BCGK,BCGP->BGKP", key * jnp.exp(end - total) * stays, value)
+    return memory, y
+
+
+def _pairs(q, k, q_total, k_total, sees_BCS) -> jax.Array:
+    """Return ``sum_K q_t k_s exp(q_total_t - k_total_s)`` where t sees s, else 0, [B, G, M, C, S]."""
+    if q_total.shape[-1] > 1:
+        span = q_total[:, :, None] - k_total[:, None]
+        weight = jnp.exp(jnp.where(sees_BCS[..., None, None], span, -jnp.inf))
+        weighted_BCSGK = k[:, None] * weight
+        return jnp.einsum("BCGMK,BCSGK->BGMCS", q, weighted_BCSGK)
+    similar = jnp.einsum("BCGMK,BSGK->BGMCS", q, k)
+    q_BGC, k_BGC = (x[..., 0].swapaxes(1, 2) for x in (q_total, k_total))
+    span = jnp.where(sees_BCS[:, None], q_BGC[:, :, :, None] - k_BGC[:, :, None, :], -jnp.inf)
+    return similar * jnp.exp(span)[:, :, None]
+
+
+def _solve(lower_BGCS: jax.Array, right_BCGP: jax.Array) -> jax.Array:
+    """Return the solution of ``(I + lower) x = right``, lower strictly so."""
+    eye = jnp.eye(lower_BGCS.shape[-1])[None, None]
+    solution = jax.scipy.linalg.solve_triangular(
+        eye + lower_BGCS, right_BCGP.swapaxes(1, 2), lower=True, unit_diagonal=True
+    )
+    return solution.swapaxes(1, 2)
