@@ -111,7 +111,7 @@ class GLA(_Expanded):
 
     def gates(self, x_BTD, seq):
         shape = (self.groups, self.head_width)
-        gate_BTGK = self.low_rank("decay", x_BTD, self.gate_rank, shape).astype(jnp.float32)
+        gate_BTGK = self.low_rank("decay", x_BTD, self.gate_rank, shape)
         gate_BTGK += self.vector("decay_bias", "GK", shape, jax.nn.initializers.zeros)
         return (jax.nn.log_sigmoid(gate_BTGK) / self.temperature,)
 
@@ -124,6 +124,8 @@ class HGRN2(Recurrent):
     Attributes:
       lower_bound: f = lower_bound + (1 - lower_bound) sigmoid(x W).
     """
+
+    exact_keys: ClassVar[bool] = True
 
     lower_bound: float = 0.0
 
@@ -138,7 +140,7 @@ class HGRN2(Recurrent):
             jnp.log1p(-self.lower_bound) + jax.nn.log_sigmoid(gate_BTGK),
         )
         k_BTGK = (1.0 - self.lower_bound) * jax.nn.sigmoid(-gate_BTGK)
-        return Tokens(grouped(jax.nn.silu(q_BTHK), self.groups), k_BTGK, v_BTGP, log_BTGK)
+        return Tokens(grouped(jax.nn.silu(q_BTHK.astype(jnp.float32)), self.groups), k_BTGK, v_BTGP, log_BTGK)
 
     def finish(self, y_BTHP, x_BTD):
         return super().finish(RMSNorm("P", name="head_norm")(y_BTHP), x_BTD)
@@ -171,7 +173,7 @@ class Mamba2(_Expanded):
         return max(self.conv_width - 1, 0), features
 
     def gates(self, x_BTD, seq):
-        log_BTH, step_BTH = self.decay(self.linear("step", x_BTD, "BTD,DH->BTH", self.heads))
+        log_BTH, step_BTH = self.decay(self.linear("step", x_BTD, "BTD,DH->BTH", self.heads, exact=True))
         skip = self.vector("skip", "H", (self.heads,), jax.nn.initializers.ones)
         return log_BTH[..., None], step_BTH[..., None], skip[..., None]
 

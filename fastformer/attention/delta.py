@@ -81,7 +81,7 @@ class Delta(Recurrent):
 
     def strength(self, x_BTD: jax.Array, heads: int) -> jax.Array:
         """Return beta [B, T, heads], float32."""
-        beta = jax.nn.sigmoid(self.linear("strength", x_BTD, "BTD,DG->BTG", heads).astype(jnp.float32))
+        beta = jax.nn.sigmoid(self.linear("strength", x_BTD, "BTD,DG->BTG", heads, exact=True))
         return 2.0 * beta if self.negative else beta
 
     def tokens(self, q_BTHK, k_BTGK, v_BTGP, beta_BTG, log_BTGK=None):
@@ -101,7 +101,7 @@ class GatedDelta(Delta):
     """
 
     def gates(self, x_BTD, seq):
-        log_BTG, _ = self.decay(self.linear("step", x_BTD, "BTD,DG->BTG", self.groups), "G")
+        log_BTG, _ = self.decay(self.linear("step", x_BTD, "BTD,DG->BTG", self.groups, exact=True), "G")
         return self.strength(x_BTD, self.groups), log_BTG[..., None]
 
 
@@ -163,7 +163,7 @@ class DeltaProduct(Delta):
         beta = self.strength(x_BTD, self.groups * self.steps)
         if not self.gated:
             return (beta,)
-        log_BTG, _ = self.decay(self.linear("step", x_BTD, "BTD,DG->BTG", self.groups), "G")
+        log_BTG, _ = self.decay(self.linear("step", x_BTD, "BTD,DG->BTG", self.groups, exact=True), "G")
         return beta, log_BTG[..., None]
 
     def tokens(self, q_BTHK, k_BTGK, v_BTGP, beta_BTG, log_BTGK=None):

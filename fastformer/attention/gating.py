@@ -21,6 +21,7 @@ class Recurrent(Mixer):
     causal: ClassVar[bool] = True
     streaming: ClassVar[bool] = True
     rotary: ClassVar[bool] = False
+    order: ClassVar[str] = "T"
 
     def tokens(self, *qkv: jax.Array) -> Tokens:
         """Return what each token does to the memory, from queries, keys, values and ``gates``."""
@@ -51,9 +52,9 @@ class Recurrent(Mixer):
     def low_rank(
         self, name: str, x_BTD: jax.Array, rank: int, shape: tuple[int, int], activation=lambda h: h
     ) -> jax.Array:
-        """Return ``activation(x W_down) W_up``, [B, T, *shape]."""
-        h_BTR = activation(self.linear(f"{name}_down", x_BTD, "BTD,DR->BTR", rank))
-        up = Linear("BTR,RHP->BTHP", (rank, *shape), dtype=self.dtype, name=f"{name}_up")
+        """Return ``activation(x W_down) W_up``, [B, T, *shape], float32."""
+        h_BTR = activation(self.linear(f"{name}_down", x_BTD, "BTD,DR->BTR", rank, exact=True))
+        up = Linear("BTR,RHP->BTHP", (rank, *shape), name=f"{name}_up")
         return up(h_BTR)
 
     def decay(self, step: jax.Array, letters: str = "H") -> jax.Array:

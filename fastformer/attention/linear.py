@@ -157,6 +157,7 @@ class LinearAttention(Mixer):
     causal: ClassVar[bool] = True
     bidirectional: ClassVar[bool] = True
     streaming: ClassVar[bool] = True
+    order: ClassVar[str] = "T"
 
     feature_map: str = "elu_plus_one"
 

@@ -88,6 +88,7 @@ class Local(Mixer):
     streaming: ClassVar[bool] = True
     scores: ClassVar[bool] = True
     kernels: ClassVar[bool] = True
+    order: ClassVar[str] = "T"
     small: ClassVar[dict] = {"window": 16}
 
     window: int = 128

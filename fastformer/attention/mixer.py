@@ -17,6 +17,9 @@ from fastformer.core.alphabet import constrain
 from fastformer.core.layers import Linear, RMSNorm, zero_padding
 from fastformer.core.seq import Seq
 
+# By what twice the tokens multiply the time.
+ORDERS = {"T": 2.0, "T log T": 2.2, "T^1.5": 2.83, "T^2": 4.0}
+
 
 class Context(NamedTuple):
     """What a cross-attention layer looks at: x_BSD and its Seq."""
@@ -71,8 +74,10 @@ class Mixer(nn.Module):
     streaming: ClassVar[bool] = False  # goes on from a state
     scores: ClassVar[bool] = False  # has scores that ALiBi and the soft cap can bend
     rotary: ClassVar[bool] = True  # its queries and keys are rotated where positions are "rope"
+    exact_keys: ClassVar[bool] = False  # projects keys in float32, for they become decays
     convolution: ClassVar[int] = 0  # short_conv as published
     kernels: ClassVar[bool] = False  # has rows of attention/implementations.py to choose from
+    order: ClassVar[str] = "T^2"  # how training time grows: a row of ORDERS
     small: ClassVar[dict[str, Any]] = {}  # own fields at sizes for short sequences, as in tests
 
     heads: int
@@ -143,7 +148,8 @@ class Mixer(nn.Module):
     ) -> tuple[tuple[jax.Array, ...], Past | None]:
         """Return ``(q_BTHK, k_BSGK, v_BSGP)`` and what the next call needs of these tokens."""
         q_BTHK = self.linear("query", x_BTD, "BTD,DHK->BTHK", self.heads, self.head_width)
-        k_BSGK = self.linear("key", x_BSD, "BSD,DGK->BSGK", self.groups, self.head_width)
+        keys = (self.groups, self.head_width)
+        k_BSGK = self.linear("key", x_BSD, "BSD,DGK->BSGK", *keys, exact=self.exact_keys)
         v_BSGP = self.linear("value", x_BSD, "BSD,DGP->BSGP", self.groups, self.value_width)
         if self.conv_width:
             (q_BTHK, k_BSGK, v_BSGP), past = self.convolve((q_BTHK, k_BSGK, v_BSGP), seqs[0], past)
@@ -168,9 +174,16 @@ class Mixer(nn.Module):
 
     # What they share.
 
-    def linear(self, name: str, x_BTD: jax.Array, spec: str, *sizes: int) -> jax.Array:
-        """Return a projection of the model's width by ``spec``; ``sizes`` are the weight's other axes."""
-        return Linear(spec, (x_BTD.shape[-1], *sizes), dtype=self.dtype, name=name)(x_BTD)
+    def linear(
+        self, name: str, x_BTD: jax.Array, spec: str, *sizes: int, exact: bool = False
+    ) -> jax.Array:
+        """Return a projection of the model's width by ``spec``; ``sizes`` are the weight's other axes.
+
+        Args:
+          exact: in float32 whatever the dtype, as what becomes a decay or a strength must be.
+        """
+        dtype = jnp.float32 if exact else self.dtype
+        return Linear(spec, (x_BTD.shape[-1], *sizes), dtype=dtype, name=name)(x_BTD)
 
     def convolve(
         self, parts: tuple[jax.Array, ...], seq: Seq, past: Past | None, bias: bool = False
@@ -223,11 +236,11 @@ class Mixer(nn.Module):
             "cross": context is not None,
             "streaming": state is not None,
         }
-        if self.conv_width and (context is not None or self.bidirectional_mode):
-            raise ValueError("a short convolution needs causal self-attention; set short_conv 0")
         for ability, wanted in asked.items():
             if wanted and not getattr(self, ability):
                 raise ValueError(f"{type(self).__name__} is not {ability}; {able(ability)}")
+        if self.conv_width and (context is not None or self.bidirectional_mode):
+            raise ValueError("a short convolution needs causal self-attention; set short_conv 0")
         if state is not None and (self.bidirectional_mode or context is not None):
             raise ValueError("only causal self-attention goes on from a state")
         if state is not None and self.implementation == "reference":

@@ -92,10 +92,10 @@ class RWKV7(Recurrent):
         k_BTGK = self.linear("key", mixed("key"), "BTD,DGK->BTGK", self.groups, keys)
         v_BTGP = self.linear("value", mixed("value"), "BTD,DGP->BTGP", self.groups, values)
         shape = (self.groups, keys)
-        log_BTGK = self.low_rank("decay", mixed("decay"), rank, shape, jnp.tanh).astype(jnp.float32)
+        log_BTGK = self.low_rank("decay", mixed("decay"), rank, shape, jnp.tanh)
         log_BTGK += self.vector("decay_bias", "GK", shape, _spread)
         log_BTGK = -math.exp(-0.5) * jax.nn.sigmoid(log_BTGK)  # eq. 8
-        rate_BTGK = self.low_rank("rate", mixed("rate"), rank, shape).astype(jnp.float32)
+        rate_BTGK = self.low_rank("rate", mixed("rate"), rank, shape)
         zeros, ones = jax.nn.initializers.zeros, jax.nn.initializers.ones
         rate_BTGK = jax.nn.sigmoid(rate_BTGK + self.vector("rate_bias", "GK", shape, zeros))
         gate_BTHP = self.low_rank("open", mixed("open"), rank, (self.heads, values), jax.nn.sigmoid)

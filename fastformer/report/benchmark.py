@@ -21,9 +21,10 @@ from fastformer.core.config import section
 from fastformer.core.dtypes import COMPUTE
 from fastformer.core.errors import UserError, lookup, require
 from fastformer.core.seq import whole
-from fastformer.core.trees import nbytes
+from fastformer.core.trees import count, nbytes
 from fastformer.models import ModelConfig
 from fastformer.report import plots, tables, torch_peer
+from fastformer.report.cost import flops
 
 BASELINE = "softmax"  # what every ratio is against
 MIN_SECONDS = 0.02  # a timed turn repeats a shorter call until it lasts about this long
@@ -64,6 +65,8 @@ class Contestant(NamedTuple):
       forward_bytes, both_bytes: arguments, results and temporaries of the compiled program; None when
         not known.
       state_bytes: of one sequence of this length.
+      parameters: of the layer. flops_per_token: of forward and backward pass.
+      compile_seconds: of both programs.
     """
 
     forward: Callable[[], Any]
@@ -71,6 +74,9 @@ class Contestant(NamedTuple):
     forward_bytes: int | None = None
     both_bytes: int | None = None
     state_bytes: int | None = None
+    parameters: int | None = None
+    flops_per_token: float | None = None
+    compile_seconds: float | None = None
 
 
 def run_benchmark(config: ConfigDict, workdir: Path) -> list[dict[str, Any]]:
@@ -130,10 +136,14 @@ def _contestant(mixer: nn.Module, shape: tuple[int, int, int], dtype: jnp.dtype)
     def both(params: Any, x_BTD: jax.Array) -> Any:
         return jax.vjp(forward, params, x_BTD)[1](cotangent_BTD)
 
+    start = time.perf_counter()
     programs = [jax.jit(fn).lower(params, x_BTD).compile() for fn in (forward, both)]
+    seconds = time.perf_counter() - start
     calls = [lambda program=program: jax.block_until_ready(program(params, x_BTD)) for program in programs]
-    state = jax.eval_shape(lambda: mixer.init_state(1, length))
-    return Contestant(*calls, *map(_peak_bytes, programs), nbytes(state))
+    state = jax.eval_shape(lambda: mixer.init_state(1, length)) if mixer.streaming else None
+    card = {"parameters": count(params), "flops_per_token": flops(both, params, x_BTD) / (batch * length)}
+    held = nbytes(state) if mixer.streaming else None
+    return Contestant(*calls, *map(_peak_bytes, programs), held, compile_seconds=seconds, **card)
 
 
 def _peak_bytes(program: Any) -> int | None:
@@ -159,7 +169,8 @@ def _measure(
             row |= {"forward_backward_ratio": both[name] / both[BASELINE]}
         row |= {"forward_peak_bytes": contestant.forward_bytes}
         row |= {"forward_backward_peak_bytes": contestant.both_bytes}
-        rows.append(row | {"state_bytes": contestant.state_bytes})
+        card = ("state_bytes", "parameters", "flops_per_token", "compile_seconds")
+        rows.append(row | {field: getattr(contestant, field) for field in card})
     return rows
 
 
@@ -216,6 +227,10 @@ def _curves(rows: list[dict[str, Any]], key: str, scale: float) -> dict[str, plo
     return curves
 
 
+def _cell(value: float | None, show: Callable[[float], str]) -> str:
+    return "" if value is None else show(value)
+
+
 def _table(rows: list[dict[str, Any]], torch_reason: str) -> str:
     headers = (
         "variant",
@@ -226,6 +241,9 @@ def _table(rows: list[dict[str, Any]], torch_reason: str) -> str:
         "ratio",
         "peak memory",
         "state",
+        "parameters",
+        "FLOPs a token",
+        "compiling, s",
     )
     lines = [
         (
@@ -236,7 +254,10 @@ def _table(rows: list[dict[str, Any]], torch_reason: str) -> str:
             tables.number(1e3 * row["forward_backward_seconds"], 3),
             tables.number(row.get("forward_backward_ratio"), 3),
             tables.nbytes(row["forward_backward_peak_bytes"]),
-            tables.nbytes(row["state_bytes"]),
+            _cell(row["state_bytes"], tables.nbytes),
+            _cell(row["parameters"], tables.number),
+            _cell(row["flops_per_token"], tables.count),
+            _cell(row["compile_seconds"], tables.number),
         )
         for row in rows
     ]

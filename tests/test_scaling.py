@@ -1,0 +1,62 @@
+"""What twice the tokens cost, read off the programs: no array of T x S, and the time that a row declares."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+
+from fastformer.attention import VARIANTS, make
+from fastformer.attention.mixer import ORDERS
+from fastformer.core.seq import whole
+from fastformer.report.cost import flops
+
+SHORT, LONG = 2048, 4096
+
+
+def layer(name, time, **options):
+    fields = {"heads": 2, "head_width": 8, "length": LONG, "bidirectional_mode": not VARIANTS[name].causal}
+    mixer = make(name, options, fields)
+    x, seq = jnp.zeros((1, time, 16)), whole(1, time)
+    params = nn.unbox(jax.eval_shape(mixer.init, jax.random.key(0), x, seq))
+
+    def loss(params, x):
+        return mixer.apply(params, x, seq)[0].sum()
+
+    return jax.grad(loss, (0, 1)), params, x
+
+
+def largest_array(fn, *args):
+    """Return the number of elements of the largest array in the compiled program."""
+    shapes = re.findall(r"\b[a-z]+[0-9]+\[([0-9,]+)\]", jax.jit(fn).lower(*args).compile().as_text())
+    return max(math.prod(map(int, shape.split(","))) for shape in shapes)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_no_array_of_queries_by_keys(name):
+    """Forward and backward, compiled: the largest array at most doubles, and is far from T x T."""
+    sizes = [largest_array(*layer(name, time)) for time in (SHORT, LONG)]
+    assert sizes[1] <= 2.1 * sizes[0]
+    assert sizes[1] < LONG * LONG / 2
+
+
+def test_the_largest_array_is_seen():
+    def dense(x):
+        return jnp.where(x[:, None] > x[None, :], 1.0, 0.0).sum(axis=1) @ x
+
+    assert largest_array(lambda x: x @ x.T, jnp.zeros((SHORT, 8))) == SHORT * SHORT
+    assert largest_array(dense, jnp.zeros((SHORT,))) <= SHORT * SHORT
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_time_grows_as_declared(name):
+    """The products of forward and backward pass, counted in the traced program."""
+    counts = [flops(*layer(name, time)) for time in (SHORT, LONG)]
+    order = ORDERS[VARIANTS[name].order]
+    assert counts[1] <= 1.05 * order * counts[0]
+    if order > 2.5:  # a row should not declare more than it takes
+        assert counts[1] > 2.2 * counts[0]
