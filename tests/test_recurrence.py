@@ -1,0 +1,143 @@
+"""The chunked recurrence: any chunk, decays from 1e-6 to 1, and the papers' equations by hand."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fastformer.attention import decay, delta, make, rwkv
+from fastformer.attention.recurrence import Tokens, loop, recur
+from fastformer.core.seq import Seq, whole
+
+BATCH, TIME, GROUPS, SHARE, KEY, VALUE = 2, 90, 2, 2, 6, 5
+
+
+def packed():
+    segment, position = np.ones((BATCH, TIME), np.int32), np.tile(np.arange(TIME, dtype=np.int32), (BATCH, 1))
+    segment[0, 33:], position[0, 33:] = 2, position[0, 33:] - 33
+    segment[1, 40:47], segment[1, 47:], position[1, 47:] = 0, 4, position[1, 47:] - 47
+    return Seq(jnp.asarray(segment), jnp.asarray(position))
+
+
+def tokens(decays, rule):
+    """Tokens whose decays are spread from 1e-6 to 1, most of them near 1."""
+    keys = jax.random.split(jax.random.key(0), 6)
+    normal = functools.partial(jax.random.normal, shape=(BATCH, TIME, GROUPS, KEY))
+    q = jax.random.normal(keys[0], (BATCH, TIME, GROUPS, SHARE, KEY))
+    k, v = normal(keys[1]), jax.random.normal(keys[2], (BATCH, TIME, GROUPS, VALUE))
+    k /= jnp.linalg.norm(k, axis=-1, keepdims=True)
+    width = {"none": 0, "head": 1, "channel": KEY}[decays]
+    spread = jax.random.uniform(keys[3], (BATCH, TIME, GROUPS, width or 1)) ** 4
+    log = -6.0 * jnp.log(10.0) * spread if width else None
+    strength = 2.0 * jax.random.uniform(keys[4], (BATCH, TIME, GROUPS, 1))
+    if rule == "adds":
+        return Tokens(q, k, v, log)
+    if rule == "overwrites":
+        return Tokens(q, k * strength, v, log, k if log is None else k * jnp.exp(log))
+    return Tokens(q, normal(keys[5]), v, log, k, -k * strength / 2)
+
+
+@pytest.mark.parametrize("rule", ["adds", "overwrites", "removes and adds"])
+@pytest.mark.parametrize("decays", ["none", "head", "channel"])
+def test_any_chunk_is_the_loop(decays, rule):
+    given, seq = tokens(decays, rule), packed()
+    weight = jnp.cos(jnp.arange(BATCH * TIME * GROUPS * SHARE * VALUE, dtype=jnp.float32))
+    weight = weight.reshape(BATCH, TIME, -1, VALUE) * (seq.segment_BT > 0)[..., None, None]
+
+    def pull(run):
+        return jax.jit(jax.value_and_grad(lambda t: jnp.sum(run(t) * weight)))(given)
+
+    want = pull(lambda t: loop(t, seq))
+    for chunk in (1, 16, 64, TIME, None):
+        got = pull(lambda t, chunk=chunk: recur(t, seq, None, chunk)[0])
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            assert np.isfinite(a).all()
+            np.testing.assert_allclose(a, b, atol=5e-5 * np.abs(b).max(), rtol=0)
+
+
+def one_head(seed, *shapes):
+    rng = np.random.default_rng(seed)
+    return [rng.standard_normal((7, *shape)) for shape in shapes]
+
+
+def run(forward, *arrays):
+    """Run a forward on one row and one head of float64 arrays [T, …]; return [T, P]."""
+    given = [jnp.asarray(a, jnp.float32)[None, :, None] for a in arrays]
+    return np.asarray(forward(*given, seq=whole(1, 7))[0])[0, :, 0]
+
+
+def test_decay_is_its_equation():
+    q, k, v, gate = one_head(0, (KEY,), (KEY,), (VALUE,), (KEY,))
+    log = -np.abs(gate)
+    want, state = [], np.zeros((KEY, VALUE))
+    for t in range(7):
+        state = np.exp(log[t])[:, None] * state + np.outer(k[t], v[t])
+        want.append(state.T @ q[t] / np.sqrt(KEY))
+    np.testing.assert_allclose(run(decay.forward, q, k, v, log), want, atol=1e-5)
+
+
+def test_delta_rule_is_its_equation():
+    """S_t = S_{t-1} alpha (I - beta k k^T) + beta v k^T (2412.06464, eq. 10), S of shape [P, K]."""
+    q, k, v, gate, strength = one_head(1, (KEY,), (KEY,), (VALUE,), (1,), ())
+    log, beta = -np.abs(gate), 1 / (1 + np.exp(-strength))
+    want, state = [], np.zeros((VALUE, KEY))
+    for t in range(7):
+        unit = k[t] / np.linalg.norm(k[t])
+        state = state * np.exp(log[t]) @ (np.eye(KEY) - beta[t] * np.outer(unit, unit))
+        state += beta[t] * np.outer(v[t], unit)
+        want.append(state @ q[t] / np.linalg.norm(q[t]) / np.sqrt(KEY))
+    got = run(lambda q, k, v, log, beta, seq: delta.forward(q, k, v, beta, log, seq=seq), q, k, v, log, beta)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_rwkv7_is_its_equation():
+    """S_t = S_{t-1} (diag(w) - u^T (a * u)) + v^T k with row vectors (2503.14456, eq. 16)."""
+    r, k, v, gate, u, a = one_head(2, (KEY,), (KEY,), (VALUE,), (KEY,), (KEY,), (KEY,))
+    log, u, a = -np.abs(gate), u / np.linalg.norm(u, axis=-1, keepdims=True), 1 / (1 + np.exp(-a))
+    want, state = [], np.zeros((VALUE, KEY))
+    for t in range(7):
+        state = state @ (np.diag(np.exp(log[t])) - np.outer(u[t], a[t] * u[t])) + np.outer(v[t], k[t])
+        want.append(state @ r[t])
+    np.testing.assert_allclose(run(rwkv.forward, r, k, v, log, u, a), want, atol=1e-5)
+
+
+def test_delta_product_of_one_step_is_delta():
+    """And of two it is not: each step writes."""
+    x, seq = jax.random.normal(jax.random.key(0), (1, 20, 12)), whole(1, 20)
+    shared = {"heads": 2, "head_width": 6}
+    one = make("delta", {"negative": True}, shared)
+    params = one.init(jax.random.key(1), x, seq)
+    want = one.apply(params, x, seq)[0]
+    got = make("delta_product", {"steps": 1}, shared).apply(params, x, seq)[0]
+    np.testing.assert_allclose(got, want, atol=1e-6)
+    two = make("delta_product", {"steps": 2}, shared)
+    assert two.init(jax.random.key(1), x, seq)["params"]["key"]["weight"].value.shape == (12, 4, 6)
+
+
+@pytest.mark.parametrize("cuts", [(1,), (3, 4, 5), (13, 17)])
+@pytest.mark.parametrize("name", ["softmax", "linear"])
+def test_a_short_convolution_streams(name, cuts):
+    """Before mixers that have none of their own, over packed rows."""
+    mixer = make(name, {}, {"heads": 2, "head_width": 6, "short_conv": 4, "positions": "rope"})
+    x, seq = jax.random.normal(jax.random.key(0), (BATCH, TIME, 12)), packed()
+    params = mixer.init(jax.random.key(1), x, seq)
+    want = mixer.apply(params, x, seq)[0]
+    plain = make(name, {}, {"heads": 2, "head_width": 6, "positions": "rope"})
+    assert np.abs(plain.apply(params, x, seq)[0] - want).max() > 1e-2
+    for cuts_here in (cuts, tuple(30 + cut for cut in cuts)):
+        state, parts, edges = mixer.init_state(BATCH, TIME), [], [0, *cuts_here, TIME]
+        for start, end in zip(edges, edges[1:]):
+            piece = Seq(seq.segment_BT[:, start:end], seq.position_BT[:, start:end])
+            y, state = mixer.apply(params, x[:, start:end], piece, state)
+            parts.append(y)
+        np.testing.assert_allclose(jnp.concatenate(parts, axis=1), want, atol=2e-5)
+
+
+def test_a_short_convolution_is_causal_only():
+    mixer = make("softmax", {}, {"heads": 2, "head_width": 6, "short_conv": 4, "bidirectional_mode": True})
+    with pytest.raises(ValueError, match="short convolution needs causal"):
+        mixer.init(jax.random.key(0), jnp.zeros((1, 4, 12)), whole(1, 4))
