@@ -16,5 +16,34 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def variant(item: pytest.Item) -> str:
+    """Return the attention variant that a test of the whole table is about, "" for other tests."""
+    if item.path.name not in ("test_laws.py", "test_scaling.py"):
+        return ""
+    return item.callspec.params.get("name", "") if hasattr(item, "callspec") else ""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the tests of one variant together, on one worker: they share what is compiled."""
+    for item in items:
+        if variant(item):
+            item.add_marker(pytest.mark.xdist_group(variant(item)))
+    order = list(dict.fromkeys(variant(item) for item in items))
+    items.sort(key=lambda item: order.index(variant(item)))
+
+
+_latest: list[tuple] = []
+
+
+@pytest.fixture(autouse=True)
+def forget_what_was_compiled(request: pytest.FixtureRequest) -> None:
+    """Drop compiled programs between files and variants: a process cannot map any number of them."""
+    here = (request.node.path, variant(request.node))
+    if _latest != [here]:
+        jax.clear_caches()
+        _latest[:] = [here]

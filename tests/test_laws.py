@@ -64,7 +64,7 @@ def packed(time, seed=0):
     return Seq(jnp.asarray(segment), jnp.asarray(position))
 
 
-@functools.cache
+@functools.lru_cache(maxsize=16)
 def compiled(name, **shared):
     """One compiled layer for all tests that ask for the same: compiling is what these tests cost."""
     layer = mixer(name, **shared)
@@ -75,7 +75,7 @@ def apply(name, x, seq, state=None, context=None, **shared):
     return compiled(name, **shared)(params(name), x, seq, state, context)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=8)
 def compiled_gradients(name, first=0, **shared):
     layer = mixer(name, **shared)
 
@@ -237,8 +237,8 @@ def test_packed_rows_are_rows_alone(name, direction):
 
 
 def reach_of(name, x, at, **shared):
-    seq = whole(*x.shape[:2])
-    return jax.jit(jax.grad(lambda x: apply(name, x, seq, **shared)[0][0, at].sum()))(x)
+    seq, variables, layer = whole(*x.shape[:2]), params(name), mixer(name, **shared)
+    return jax.jit(jax.grad(lambda x: layer.apply(variables, x, seq)[0][0, at].sum()))(x)
 
 
 @pytest.mark.parametrize("name", able("causal"))

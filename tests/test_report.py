@@ -289,11 +289,11 @@ def test_the_benchmark_gives_each_variant_its_own_options():
     c = benchmark_config()
     c.model.attention = {"name": "local", "window": 8}
     model = configuration.section(models.ModelConfig, c, "model")
-    assert benchmark._mixer(model, "local").window == 8
-    assert not hasattr(benchmark._mixer(model, "linear"), "window")
+    assert benchmark._mixer(model, "local", 32).window == 8
+    assert not hasattr(benchmark._mixer(model, "linear", 32), "window")
     with pytest.raises(UserError, match="config.benchmark.variants: linear cannot be: .*alibi"):
         c.model.positions = "alibi"
-        benchmark._mixer(configuration.section(models.ModelConfig, c, "model"), "linear")
+        benchmark._mixer(configuration.section(models.ModelConfig, c, "model"), "linear", 32)
 
 
 def test_torch_is_found_or_the_reason_is_given(monkeypatch):
