@@ -364,7 +364,7 @@ def test_what_is_not_declared_is_refused(name, ability):
         "cross": ({}, (None, Context(x, seq))),
         "streaming": ({}, ((), None)),
         "bidirectional": ({"bidirectional_mode": True}, (None, None)),
-        "causal": ({}, (None, None)),
+        "causal": ({"bidirectional_mode": False}, (None, None)),
     }
     shared, call = asked[ability]
     others = ", ".join(able(ability)) or "none"

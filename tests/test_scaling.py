@@ -18,9 +18,9 @@ from fastformer.report.cost import flops
 SHORT, LONG = 2048, 4096
 
 
-def layer(name, time, **options):
+def layer(name, time):
     fields = {"heads": 2, "head_width": 8, "length": LONG, "bidirectional_mode": not VARIANTS[name].causal}
-    mixer = make(name, options, fields)
+    mixer = make(name, VARIANTS[name].small, fields)
     x, seq = jnp.zeros((1, time, 16)), whole(1, time)
     params = nn.unbox(jax.eval_shape(mixer.init, jax.random.key(0), x, seq))
 

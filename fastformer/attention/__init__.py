@@ -10,12 +10,20 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from fastformer.attention.based import Based
 from fastformer.attention.decay import GLA, HGRN2, Mamba2, Retention
 from fastformer.attention.delta import Delta, DeltaProduct, GatedDelta, KimiDelta
+from fastformer.attention.dilated import Dilated
+from fastformer.attention.hedgehog import Hedgehog
 from fastformer.attention.linear import LinearAttention
 from fastformer.attention.local import Local
+from fastformer.attention.longformer import Longformer
 from fastformer.attention.mixer import Context, Mixer, able
+from fastformer.attention.performer import Performer
+from fastformer.attention.random_features import RandomFeatures
+from fastformer.attention.rg_lru import RGLRU
 from fastformer.attention.rwkv import RWKV7
+from fastformer.attention.sinks import Sinks
 from fastformer.attention.softmax import Softmax
 from fastformer.core.errors import FieldError, lookup, nearest
 
@@ -24,7 +32,14 @@ __all__ = ["Context", "Mixer", "VARIANTS", "check", "make", "own_fields"]
 VARIANTS: dict[str, type[Mixer]] = {
     "softmax": Softmax,
     "local": Local,
+    "sinks": Sinks,
+    "dilated": Dilated,
+    "longformer": Longformer,
     "linear": LinearAttention,
+    "performer": Performer,
+    "random_features": RandomFeatures,
+    "based": Based,
+    "hedgehog": Hedgehog,
     "retention": Retention,
     "gla": GLA,
     "hgrn2": HGRN2,
@@ -34,6 +49,7 @@ VARIANTS: dict[str, type[Mixer]] = {
     "kimi_delta": KimiDelta,
     "delta_product": DeltaProduct,
     "rwkv7": RWKV7,
+    "rg_lru": RGLRU,
 }
 
 _SHARED = {field.name for field in dataclasses.fields(Mixer)}

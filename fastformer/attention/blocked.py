@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fastformer.attention.scores import Bend, Mask
+from fastformer.attention.scores import Bend, Fade, Mask
 from fastformer.core.layers import zero_padding
 from fastformer.core.seq import Seq
 
@@ -47,10 +47,34 @@ def attend(
 ) -> jax.Array:
     """Return ``softmax(q k^T / sqrt(K)) v``, [B, T, H, P] in the dtype of ``v``.
 
+    The arguments are those of ``attend_part``.
+    """
+    y_BTHP, _ = attend_part(q_BTHK, k_BSGK, v_BSGP, q_seq, k_seq, mask, bend, past=past, block=block)
+    return y_BTHP.astype(v_BSGP.dtype)
+
+
+def attend_part(
+    q_BTHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGP: jax.Array,
+    q_seq: Seq,
+    k_seq: Seq,
+    mask: Mask = Mask(),
+    bend: Bend = Bend(),
+    *,
+    past: int | None = 0,
+    block: int = BLOCK,
+    fades: tuple[Fade, Fade] | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Return ``(y_BTHP, log_BTH)`` float32: the attention to these keys, and the log of its total weight.
+
+    What joining it with the attention to other keys needs; the log is -inf where no key is seen.
+
     Args:
       past: the first ``past`` keys stand before the first query, in any order; None when keys and
         queries do not share a timeline (cross-attention).
       block: tokens in a block.
+      fades: of queries [B, T, H] and of keys [B, S, H]; their difference is added to the scores.
     """
     batch, time, heads, _ = q_BTHK.shape
     groups = k_BSGK.shape[2]
@@ -65,10 +89,17 @@ def attend(
     k_NBGCK, v_NBGCP = (_to_blocks(x, block).transpose(0, 1, 3, 2, 4) for x in (k_BSGK, v_BSGP))
     q_where, k_where = (Seq(*(_to_blocks(x, block) for x in s)) for s in (q_seq, k_seq))
     plan = Plan(_pairs(len(q_NBGRK), len(k_NBGCK), block, mask, past), mask, bend, share)
-    y_NBGRP = _attend(plan, q_NBGRK, k_NBGCK, v_NBGCP, q_where, k_where)
-    y_NBGMCP = y_NBGRP.reshape(*y_NBGRP.shape[:3], share, block, -1)
-    y_BTHP = y_NBGMCP.transpose(1, 0, 4, 2, 3, 5).reshape(batch, -1, heads, v_BSGP.shape[-1])
-    return y_BTHP[:, :time].astype(v_BSGP.dtype)
+    if fades is not None:
+        clean = (Fade(*(zero_padding(x, s) for x in fade)) for fade, s in zip(fades, (q_seq, k_seq)))
+        fades = tuple(jax.tree.map(lambda x: _heads_first(_to_blocks(x, block), groups), f) for f in clean)
+    y_NBGRP, log_NBGR = _attend(plan, q_NBGRK, k_NBGCK, v_NBGCP, (q_where, k_where), fades)
+
+    def to_time(x: jax.Array) -> jax.Array:
+        x = x.reshape(*x.shape[:3], share, block, -1).transpose(1, 0, 4, 2, 3, 5)
+        return x.reshape(batch, -1, heads, x.shape[-1])[:, :time]
+
+    log_BTH = to_time(log_NBGR[..., None])[..., 0]
+    return to_time(y_NBGRP), jnp.where(log_BTH < jnp.inf, log_BTH, -jnp.inf)
 
 
 def _pairs(queries: int, keys: int, block: int, mask: Mask, past: int | None) -> tuple[tuple[int, int], ...]:
@@ -91,8 +122,15 @@ def _to_blocks(x: jax.Array, block: int) -> jax.Array:
     return jnp.moveaxis(x, 1, 0)
 
 
-def _block_scores(plan: Plan, q_BGRK, k_BGCK, q_seq: Seq, k_seq: Seq):
+def _heads_first(x_NBCH: jax.Array, groups: int) -> jax.Array:
+    """``[N, B, C, H] -> [N, B, G, M, C]``."""
+    x_NBCGM = x_NBCH.reshape(*x_NBCH.shape[:3], groups, -1)
+    return x_NBCGM.transpose(0, 1, 3, 4, 2)
+
+
+def _block_scores(plan: Plan, q_BGRK, k_BGCK, seqs: tuple[Seq, Seq], fades: tuple[Fade, Fade] | None):
     """Return the scores [B, G, R, C], -inf where hidden, and their slope through the soft cap."""
+    q_seq, k_seq = seqs
     scale = 1.0 / math.sqrt(q_BGRK.shape[-1])
     scores = jnp.einsum("BGRK,BGCK->BGRC", q_BGRK, k_BGCK, preferred_element_type=jnp.float32) * scale
     slope = None
@@ -105,6 +143,10 @@ def _block_scores(plan: Plan, q_BGRK, k_BGCK, q_seq: Seq, k_seq: Seq):
         distance = jnp.abs(q_seq.position_BT[:, :, None] - k_seq.position_BT[:, None, :]).astype(jnp.float32)
         slopes = jnp.asarray(plan.bend.slopes, jnp.float32).reshape(1, groups, plan.share, 1, 1)
         split = split - slopes * distance[:, None, None]
+    if fades is not None:
+        # The parts one by one: each difference of neighbours is small and exact.
+        for late, early in zip(*fades):
+            split = split + (late[..., :, None] - early[..., None, :])
     visible = plan.mask.visible(q_seq, k_seq)[:, None, None]
     return jnp.where(visible, split, -jnp.inf).reshape(scores.shape), slope
 
@@ -121,24 +163,32 @@ def _pair_arrays(plan: Plan) -> jax.Array:
     return jnp.asarray(plan.pairs, jnp.int32).reshape(-1, 2)
 
 
+def _at(i: jax.Array, j: jax.Array, pair):
+    """Return block ``i`` of what belongs to queries and block ``j`` of what belongs to keys."""
+    return None if pair is None else (_take(pair[0], i), _take(pair[1], j))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(plan, q_NBGRK, k_NBGCK, v_NBGCP, q_seq, k_seq):
-    return _forward(plan, q_NBGRK, k_NBGCK, v_NBGCP, q_seq, k_seq)[0]
+def _attend(plan, q_NBGRK, k_NBGCK, v_NBGCP, seqs, fades):
+    return _forward(plan, q_NBGRK, k_NBGCK, v_NBGCP, seqs, fades)[0]
 
 
-def _forward(plan, q_NBGRK, k_NBGCK, v_NBGCP, q_seq, k_seq):
+def _forward(plan, q_NBGRK, k_NBGCK, v_NBGCP, seqs, fades):
     def visit(carry, pair):
         top_N, total_N, y_N = carry
         i, j = pair
         v = _take(v_NBGCP, j)
-        scores, _ = _block_scores(
-            plan, _take(q_NBGRK, i), _take(k_NBGCK, j), _take(q_seq, i), _take(k_seq, j)
-        )
+        qk = _at(i, j, (q_NBGRK, k_NBGCK))
+        scores, _ = _block_scores(plan, *qk, _at(i, j, seqs), _at(i, j, fades))
         top, total, y = _take(carry, i)
-        new_top = jnp.maximum(top, scores.max(axis=-1))
-        finite_top = jnp.where(new_top > -jnp.inf, new_top, 0.0)
-        weights = jnp.exp(scores - finite_top[..., None])
-        shrink = jnp.exp(top - finite_top)
+        if plan.bend.sigmoid is not None:
+            new_top, shrink = top, jnp.ones_like(total)
+            weights = jax.nn.sigmoid(scores + plan.bend.sigmoid)
+        else:
+            new_top = jnp.maximum(top, scores.max(axis=-1))
+            finite_top = jnp.where(new_top > -jnp.inf, new_top, 0.0)
+            weights = jnp.exp(scores - finite_top[..., None])
+            shrink = jnp.exp(top - finite_top)
         total = total * shrink + weights.sum(axis=-1)
         update = jnp.einsum("BGRC,BGCP->BGRP", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
         y = y * shrink[..., None] + update
@@ -151,37 +201,54 @@ def _forward(plan, q_NBGRK, k_NBGCK, v_NBGCP, q_seq, k_seq):
         jnp.zeros((*rows, v_NBGCP.shape[-1]), jnp.float32),
     )
     (top, total, y), _ = jax.lax.scan(visit, start, _pair_arrays(plan))
-    y = y / jnp.where(total > 0, total, 1.0)[..., None]
-    log_total = jnp.where(total > 0, top + jnp.log(jnp.where(total > 0, total, 1.0)), jnp.inf)
-    return y, (q_NBGRK, k_NBGCK, v_NBGCP, q_seq, k_seq, y, log_total)
+    if plan.bend.sigmoid is None:
+        y = y / jnp.where(total > 0, total, 1.0)[..., None]
+        log_total = jnp.where(total > 0, top + jnp.log(jnp.where(total > 0, total, 1.0)), jnp.inf)
+    else:
+        log_total = jnp.zeros_like(total)  # nothing is normalised
+    return (y, log_total), (q_NBGRK, k_NBGCK, v_NBGCP, seqs, fades, y, log_total)
 
 
-def _backward(plan, saved, dy_NBGRP):
-    q_NBGRK, k_NBGCK, v_NBGCP, q_seq, k_seq, y_NBGRP, log_total_NBGR = saved
-    inner_NBGR = jnp.sum(dy_NBGRP * y_NBGRP, axis=-1)
+def _backward(plan, saved, cotangents):
+    q_NBGRK, k_NBGCK, v_NBGCP, seqs, fades, y_NBGRP, log_total_NBGR = saved
+    dy_NBGRP, dlog_NBGR = cotangents
+    inner_NBGR = jnp.sum(dy_NBGRP * y_NBGRP, axis=-1) - dlog_NBGR
     scale = 1.0 / math.sqrt(q_NBGRK.shape[-1])
     dtype = v_NBGCP.dtype
 
     def visit(carry, pair):
-        dq_N, dk_N, dv_N = carry
+        dq_N, dk_N, dv_N, dfades = carry
         i, j = pair
         q, k, v = _take(q_NBGRK, i), _take(k_NBGCK, j), _take(v_NBGCP, j)
         dy, inner, log_total = _take((dy_NBGRP, inner_NBGR, log_total_NBGR), i)
-        scores, slope = _block_scores(plan, q, k, _take(q_seq, i), _take(k_seq, j))
-        weights = jnp.exp(scores - log_total[..., None])
+        scores, slope = _block_scores(plan, q, k, _at(i, j, seqs), _at(i, j, fades))
         dy = dy.astype(dtype)
         dweights = jnp.einsum("BGRP,BGCP->BGRC", dy, v, preferred_element_type=jnp.float32)
-        dscores = weights * (dweights - inner[..., None]) * scale
+        if plan.bend.sigmoid is not None:
+            weights = jax.nn.sigmoid(scores + plan.bend.sigmoid)
+            dscores = weights * (1.0 - weights) * dweights
+        else:
+            weights = jnp.exp(scores - log_total[..., None])
+            dscores = weights * (dweights - inner[..., None])
+        if fades is not None:
+            by_head = dscores.reshape(*dscores.shape[:2], plan.share, -1, dscores.shape[-1])
+            late_N, early_N = dfades
+            late_N = _put(late_N, i, _take(late_N, i) + by_head.sum(axis=-1))
+            dfades = (late_N, _put(early_N, j, _take(early_N, j) - by_head.sum(axis=-2)))
+        dscores = dscores * scale
         dscores = (dscores if slope is None else dscores * slope).astype(dtype)
         dq = jnp.einsum("BGRC,BGCK->BGRK", dscores, k, preferred_element_type=jnp.float32)
         dk = jnp.einsum("BGRC,BGRK->BGCK", dscores, q, preferred_element_type=jnp.float32)
         dv = jnp.einsum("BGRC,BGRP->BGCP", weights.astype(dtype), dy, preferred_element_type=jnp.float32)
         sums = (_put(dq_N, i, _take(dq_N, i) + dq), _put(dk_N, j, _take(dk_N, j) + dk))
-        return (*sums, _put(dv_N, j, _take(dv_N, j) + dv)), None
+        return (*sums, _put(dv_N, j, _take(dv_N, j) + dv), dfades), None
 
     start = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q_NBGRK, k_NBGCK, v_NBGCP))
-    (dq, dk, dv), _ = jax.lax.scan(visit, start, _pair_arrays(plan))
-    return dq.astype(q_NBGRK.dtype), dk.astype(k_NBGCK.dtype), dv.astype(dtype), None, None
+    none = None if fades is None else tuple(jnp.zeros_like(fade.fine_BTH) for fade in fades)
+    (dq, dk, dv, dfades), _ = jax.lax.scan(visit, (*start, none), _pair_arrays(plan))
+    if fades is not None:
+        dfades = tuple(Fade(jnp.zeros_like(d), d) for d in dfades)
+    return dq.astype(q_NBGRK.dtype), dk.astype(k_NBGCK.dtype), dv.astype(dtype), None, dfades
 
 
 _attend.defvjp(_forward, _backward)

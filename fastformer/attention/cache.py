@@ -54,17 +54,30 @@ def joined(state: KVState, k_BTGK: jax.Array, v_BTGP: jax.Array, seq: Seq) -> KV
     return KVState(*(jnp.concatenate(pair, axis=1) for pair in zip(state[:4], new[:4])), None)
 
 
-def append(state: KVState, k_BTGK: jax.Array, v_BTGP: jax.Array, seq: Seq) -> KVState:
-    """Return the state with the new tokens written; padding is not, and the oldest give way."""
+def append(
+    state: KVState, k_BTGK: jax.Array, v_BTGP: jax.Array, seq: Seq, first: int = 0
+) -> KVState:
+    """Return the state with the new tokens written; padding is not, and the oldest give way.
+
+    Args:
+      first: the first ``first`` slots are no part of the ring: they keep the first tokens of the newest
+        segment, each at its position.
+    """
     if state.written_B is None:
         return joined(state, k_BTGK, v_BTGP, seq)
-    slots = state.segment_BS.shape[1]
-    real_BT = seq.segment_BT > 0
+    slots = state.segment_BS.shape[1] - first
+    real_BT = (seq.segment_BT > 0) & (seq.position_BT >= first)
     rank_BT = jnp.cumsum(real_BT.astype(jnp.int32), axis=1) - 1
     count_B = rank_BT[:, -1] + 1
     kept_BT = real_BT & (rank_BT >= count_B[:, None] - slots)
     # A slot out of range is dropped by the scatter.
-    slot_BT = jnp.where(kept_BT, (state.written_B[:, None] + rank_BT) % slots, slots)
+    slot_BT = jnp.where(kept_BT, first + (state.written_B[:, None] + rank_BT) % slots, first + slots)
+    if first:
+        time = seq.segment_BT.shape[1]
+        last_B1 = jnp.max(jnp.where(seq.segment_BT > 0, jnp.arange(time)[None, :], 0), axis=1, keepdims=True)
+        newest_BT = seq.segment_BT == jnp.take_along_axis(seq.segment_BT, last_B1, axis=1)
+        starts_BT = newest_BT & (seq.segment_BT > 0) & (seq.position_BT < first)
+        slot_BT = jnp.where(starts_BT, seq.position_BT, slot_BT)
     row_B1 = jnp.arange(slot_BT.shape[0])[:, None]
 
     def write(old: jax.Array, new: jax.Array) -> jax.Array:

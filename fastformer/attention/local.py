@@ -9,10 +9,9 @@ import jax.numpy as jnp
 
 from fastformer.attention import cache
 from fastformer.attention.cache import KVState
-from fastformer.attention.implementations import attend
 from fastformer.attention.mixer import Mixer
 from fastformer.attention.scores import Bend, Mask, reference_attention
-from fastformer.attention.softmax import stream
+from fastformer.attention.softmax import attend_sunk, sink_logits, stream
 from fastformer.core.errors import require
 from fastformer.core.seq import Seq
 
@@ -21,6 +20,7 @@ def reference(
     q_BTHK: jax.Array,
     k_BSGK: jax.Array,
     v_BSGP: jax.Array,
+    sink_H: jax.Array | None = None,
     *,
     seq: Seq,
     window: int,
@@ -28,13 +28,14 @@ def reference(
     bend: Bend = Bend(),
 ) -> jax.Array:
     """Return softmax attention under a dense mask of tokens less than ``window`` apart, float32."""
-    return reference_attention(q_BTHK, k_BSGK, v_BSGP, seq, seq, Mask(causal, window), bend)
+    return reference_attention(q_BTHK, k_BSGK, v_BSGP, seq, seq, Mask(causal, window), bend, sink_H=sink_H)
 
 
 def forward(
     q_BTHK: jax.Array,
     k_BTGK: jax.Array,
     v_BTGP: jax.Array,
+    sink_H: jax.Array | None = None,
     *,
     seq: Seq,
     window: int,
@@ -46,14 +47,15 @@ def forward(
     """Return ``(y_BTHP, state)`` from the blocks that the window touches.
 
     Args:
+      sink_H: as in ``softmax.forward``.
       window: W; a token sees itself and the W - 1 before it (and after it when not causal).
       implementation: a row of IMPLEMENTATIONS, or "auto".
     """
     mask = Mask(causal, window)
     if not causal:
-        y_BTHP = attend(q_BTHK, k_BTGK, v_BTGP, (seq, seq), mask, bend, implementation=implementation)
-        return y_BTHP, None
-    y_BTHP, grown = stream(q_BTHK, k_BTGK, v_BTGP, seq, state, mask, bend, implementation)
+        options = {"past": 0, "implementation": implementation, "sink_H": sink_H}
+        return attend_sunk(q_BTHK, k_BTGK, v_BTGP, (seq, seq), mask, bend, **options), None
+    y_BTHP, grown = stream(q_BTHK, k_BTGK, v_BTGP, seq, state, mask, bend, implementation, sink_H)
     if state is not None:
         return y_BTHP, grown
     empty = cache.empty(
@@ -81,6 +83,7 @@ class Local(Mixer):
 
     Attributes:
       window: W in tokens, itself among them.
+      learned_sinks: as those of ``softmax``.
     """
 
     causal: ClassVar[bool] = True
@@ -92,6 +95,7 @@ class Local(Mixer):
     small: ClassVar[dict] = {"window": 16}
 
     window: int = 128
+    learned_sinks: bool = False
 
     def __post_init__(self):
         require(
@@ -101,6 +105,9 @@ class Local(Mixer):
             "a number of tokens, 1 or more",
         )
         super().__post_init__()
+
+    def gates(self, x_BTD, seq):
+        return sink_logits(self)
 
     def mix(self, qkv, seqs, state):
         causal = not self.bidirectional_mode

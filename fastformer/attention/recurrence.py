@@ -157,36 +157,42 @@ def _chunk(memory: jax.Array, inputs: tuple) -> tuple[jax.Array, jax.Array]:
     end = total[:, -1:]
     writes = [(k, v)]
     if read is not None:
-        before = total - log  # up to the token before
-        unread = jnp.einsum("BCGK,BGKP->BCGP", read * jnp.exp(before) * past, memory)
-        to_k = _pairs(read[:, :, :, None], k, before, total, sees[1])[:, :, 0]
+        unread = jnp.einsum("BCGK,BGKP->BCGP", read * jnp.exp(total - log) * past, memory)
+        to_k = _pairs(read[:, :, :, None], k, log, sees[1], earlier=True)[:, :, 0]
         if erase is None:
             # u_t = v_t - r_t^T M_{t-1}, where M holds the u of the tokens before.
             writes = [(k, _solve(to_k, v - unread))]
         else:
             # e_t = r_t^T M_{t-1}, where M holds k v and b e of the tokens before.
-            to_b = _pairs(read[:, :, :, None], erase, before, total, sees[1])[:, :, 0]
+            to_b = _pairs(read[:, :, :, None], erase, log, sees[1], earlier=True)[:, :, 0]
             read_k = unread + jnp.einsum("BGCS,BSGP->BCGP", to_k, v)
             writes.append((erase, _solve(-to_b, read_k)))
     y = jnp.einsum("BCGMK,BGKP->BCGMP", q * (jnp.exp(total) * past)[:, :, :, None], memory)
     memory = memory * kept * jnp.exp(end[:, 0])[..., None]
     for key, value in writes:
-        y += jnp.einsum("BGMCS,BSGP->BCGMP", _pairs(q, key, total, total, sees[0]), value)
+        y += jnp.einsum("BGMCS,BSGP->BCGMP", _pairs(q, key, log, sees[0]), value)
         memory += jnp.einsum("BCGK,BCGP->BGKP", key * jnp.exp(end - total) * stays, value)
     return memory, y
 
 
-def _pairs(q, k, q_total, k_total, sees_BCS) -> jax.Array:
-    """Return ``sum_K q_t k_s exp(q_total_t - k_total_s)`` where t sees s, else 0, [B, G, M, C, S]."""
-    if q_total.shape[-1] > 1:
-        span = q_total[:, :, None] - k_total[:, None]
+def _pairs(q, k, log, sees_BCS, earlier: bool = False) -> jax.Array:
+    """Return ``sum_K q_t k_s exp(sum of log after s up to t)`` where t sees s, else 0, [B, G, M, C, S].
+
+    Args:
+      earlier: the decay of t itself is left out.
+    """
+    if log.shape[-1] > 1:
+        total = jnp.cumsum(log, axis=1)
+        span = (total - log if earlier else total)[:, :, None] - total[:, None]
         weight = jnp.exp(jnp.where(sees_BCS[..., None, None], span, -jnp.inf))
         weighted_BCSGK = k[:, None] * weight
         return jnp.einsum("BCGMK,BCSGK->BGMCS", q, weighted_BCSGK)
     similar = jnp.einsum("BCGMK,BSGK->BGMCS", q, k)
-    q_BGC, k_BGC = (x[..., 0].swapaxes(1, 2) for x in (q_total, k_total))
-    span = jnp.where(sees_BCS[:, None], q_BGC[:, :, :, None] - k_BGC[:, :, None, :], -jnp.inf)
-    return similar * jnp.exp(span)[:, :, None]
+    # Summed between s and t alone: of many tokens, a difference of totals loses what follows a strong decay.
+    order = jnp.tril(jnp.ones(sees_BCS.shape[1:]), -1 if earlier else 0)
+    after_BGRS = log[..., 0].swapaxes(1, 2)[..., None] * jnp.tril(jnp.ones_like(order), -1)[None, None]
+    span = jnp.einsum("CR,BGRS->BGCS", order, after_BGRS, precision=jax.lax.Precision.HIGHEST)
+    return similar * jnp.exp(jnp.where(sees_BCS[:, None], span, -jnp.inf))[:, :, None]
 
 
 def _solve(lower_BGCS: jax.Array, right_BCGP: jax.Array) -> jax.Array:

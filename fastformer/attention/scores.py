@@ -57,18 +57,45 @@ class Bend(NamedTuple):
     Attributes:
       soft_cap: scores are ``soft_cap * tanh(scores / soft_cap)``; 0 is off (Gemma 2, 2408.00118, section 2).
       slopes: per head, times the distance is taken off the score (ALiBi, 2108.12409); () is off.
+      sigmoid: weights are ``sigmoid(score + sigmoid)`` in place of the softmax (2409.04431); None is off.
     """
 
     soft_cap: float = 0.0
     slopes: tuple[float, ...] = ()
+    sigmoid: float | None = None
+
+
+class Fade(NamedTuple):
+    """Sums of the logarithms of forget gates from the row's start, whose difference biases a score.
+
+    Attributes:
+      coarse_BTH: float32, of multiples of 1/64, so that sums and differences are exact up to 2^18.
+      fine_BTH: float32, of what is left, 1/128 at most a token; only this part has a gradient.
+    """
+
+    coarse_BTH: jax.Array
+    fine_BTH: jax.Array
 
 
 def reference_attention(
-    q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGP: jax.Array, q_seq: Seq, k_seq: Seq, mask: Mask, bend: Bend
+    q_BTHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGP: jax.Array,
+    q_seq: Seq,
+    k_seq: Seq,
+    mask: Mask,
+    bend: Bend,
+    *,
+    bias_BHTS: jax.Array | None = None,
+    sink_H: jax.Array | None = None,
 ) -> jax.Array:
     """Return ``softmax(q k^T / sqrt(K)) v`` by the dense mask, [B, T, H, P] float32.
 
     Vaswani et al. 2017, 1706.03762, eq. 1. A query that sees no key returns zero.
+
+    Args:
+      bias_BHTS: added to the scores.
+      sink_H: the score of one more key a head, whose value is zero (gpt-oss, 2508.10925).
     """
     heads = q_BTHK.shape[2]
     q_BTHK = zero_padding(q_BTHK, q_seq).astype(jnp.float32)
@@ -81,6 +108,16 @@ def reference_attention(
         distance_BTS = jnp.abs(q_seq.position_BT[:, :, None] - k_seq.position_BT[:, None, :])
         slopes_H = jnp.asarray(bend.slopes, jnp.float32).reshape(1, heads, 1, 1)
         scores_BHTS -= slopes_H * distance_BTS[:, None].astype(jnp.float32)
+    if bias_BHTS is not None:
+        scores_BHTS += bias_BHTS
     visible_BTS = mask.visible(q_seq, k_seq)[:, None]
-    weights_BHTS = jax.nn.softmax(jnp.where(visible_BTS, scores_BHTS, -1e30), axis=-1)
+    scores_BHTS = jnp.where(visible_BTS, scores_BHTS, -1e30)
+    if bend.sigmoid is not None:
+        weights_BHTS = jax.nn.sigmoid(scores_BHTS + bend.sigmoid)
+    elif sink_H is not None:
+        sink_BHT1 = jnp.broadcast_to(sink_H.reshape(1, heads, 1, 1), (*scores_BHTS.shape[:3], 1))
+        both = jnp.concatenate([scores_BHTS, sink_BHT1.astype(jnp.float32)], axis=-1)
+        weights_BHTS = jax.nn.softmax(both, axis=-1)[..., :-1]
+    else:
+        weights_BHTS = jax.nn.softmax(scores_BHTS, axis=-1)
     return jnp.einsum("BHTS,BSHP->BTHP", jnp.where(visible_BTS, weights_BHTS, 0.0), v_BSHP)
