@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from fastformer import compress
 from fastformer.core import config as configuration
 from fastformer.core.config import section
 from fastformer.core.errors import UserError
@@ -47,6 +48,7 @@ def train(config: ConfigDict, workdir: Path | str, devices: list[jax.Device] | N
     ):
         section(owner, config, name)
     tx, schedule = make_optimiser(config)
+    compress.build(config).check()
     workdir = setup.open_workdir(config, workdir)
     with setup.lock(workdir), Stop() as stop:
         try:
@@ -78,7 +80,7 @@ def _train(run: Run, tx: Any, schedule: Any, stop: Stop) -> None:
             session = Session(
                 run=run,
                 stop=stop,
-                step_fn=compile_train_step(run, tx, schedule, abstract),
+                step_fn=compile_train_step(run, tx, schedule, abstract, deployed.frozen(run)),
                 checkpoints=checkpoints,
                 log=log,
                 line=line,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -42,19 +43,21 @@ class CompiledStep:
 
 def make_train_step(
     run: Run, tx: optax.GradientTransformation, schedule: Schedule
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Return the step as a plain function ``(state, batch) -> (state, metrics)``.
+) -> Callable[[TrainState, Batch, Mapping[str, Any]], tuple[TrainState, Metrics]]:
+    """Return the step as a plain function ``(state, batch, frozen) -> (state, metrics)``.
+
+    ``frozen`` is what compression's losses read besides the batch.
 
     The loss is in nats per target over the whole batch of all devices; ``metrics`` holds ``loss``
     and ``targets`` of the batch, the ``gradient_norm`` before clipping and the ``learning_rate``.
     """
     loss_of = run.compression.loss(run.task.loss)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, batch: Batch, frozen: Mapping[str, Any]) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
 
         def mean_loss(params: Any) -> tuple[jax.Array, jax.Array]:
-            nats, targets = loss_of(at(run.model, state.step), params, batch, key)
+            nats, targets = loss_of(at(run.model, state.step), params, {**batch, **frozen}, key)
             return nats / jnp.maximum(targets, 1), targets
 
         (loss, targets), gradients = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
@@ -81,11 +84,16 @@ def jit_train_step(
 
 
 def compile_train_step(
-    run: Run, tx: optax.GradientTransformation, schedule: Schedule, abstract: TrainState
+    run: Run,
+    tx: optax.GradientTransformation,
+    schedule: Schedule,
+    abstract: TrainState,
+    frozen: Mapping[str, Any] = MappingProxyType({}),
 ) -> CompiledStep:
-    """Return the step compiled for the batches of ``run``; within core.mesh.use."""
+    """Return the step compiled for the batches of ``run``, with ``frozen`` in it; within core.mesh.use."""
+    frozen = dict(frozen)
     start = time.perf_counter()
-    lowered = jit_train_step(run, tx, schedule, abstract).lower(abstract, abstract_batch(run))
+    lowered = jit_train_step(run, tx, schedule, abstract).lower(abstract, abstract_batch(run), frozen)
     compiled = lowered.compile()
     plan = compiled.memory_analysis()
     # Donated arguments are counted among the results too.
@@ -95,8 +103,12 @@ def compile_train_step(
         - plan.alias_size_in_bytes
         + plan.temp_size_in_bytes
     )
+    plain, seconds = make_train_step(run, tx, schedule), time.perf_counter() - start
     return CompiledStep(
-        compiled, make_train_step(run, tx, schedule), time.perf_counter() - start, int(memory)
+        lambda state, batch: compiled(state, batch, frozen),
+        lambda state, batch: plain(state, batch, frozen),
+        seconds,
+        int(memory),
     )
 
 
