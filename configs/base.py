@@ -94,6 +94,15 @@ def get_config() -> ConfigDict:
     c.compress.prune.start = 0  # updates before the first zeros
     c.compress.prune.end = 0  # updates when the last come, cubically fewer at a time; 0 is all at the start
     c.compress.prune.every = 10  # updates between
+    c.compress.distil = ConfigDict()
+    c.compress.distil.teacher = ""  # workdir of a finished run with the same tokeniser
+    c.compress.distil.divergence = "forward"  # KL of the next token; or reverse, jensen_shannon
+    c.compress.distil.temperature = 1.0  # that logits of both are divided by
+    c.compress.distil.weight = 0.5  # of the divergence; the text itself has 1 - weight
+    c.compress.distil.hidden = 0.0  # weight of what a learned map of each layer misses of the teacher's
+    c.compress.distil.relations = 0.0  # weight of MiniLM's relations among queries, keys and values
+    c.compress.distil.relation_heads = 4  # that these are split into, of teacher and student alike
+    c.compress.distil.dtype = "float32"  # or bfloat16: of the teacher's matrices and activations
 
     c.evaluate = ConfigDict()
     c.evaluate.every = 500  # steps between evaluations on the held-out split; 0 is only at the end

@@ -10,7 +10,7 @@ from typing import Any
 import optax
 from ml_collections import ConfigDict
 
-from fastformer.compress.method import Calibration, Loss, Method, at
+from fastformer.compress.method import Calibration, Loss, Method, Place, at
 from fastformer.compress.table import METHODS
 from fastformer.core.config import section
 from fastformer.core.errors import FieldError, UserError, lookup, nearest
@@ -30,6 +30,28 @@ class Compression:
 
     def __bool__(self) -> bool:
         return bool(self.methods)
+
+    def check(self) -> None:
+        """Look, before anything is read, whether there is what training needs.
+
+        Raises:
+          UserError: there is not.
+        """
+        for name, method in self.methods:
+            with _named(name):
+                method.check()
+
+    def frozen(self, model: Any, tokeniser: Any, place: Place) -> dict[str, Any]:
+        """Return the arrays that losses read and nothing trains, by the methods' names.
+
+        Raises:
+          UserError: they do not fit the model or the text.
+        """
+        found = {}
+        for name, method in self.methods:
+            with _named(name):
+                found[name] = method.frozen(model, tokeniser, place)
+        return {name: value for name, value in found.items() if value is not None}
 
     def model(self, model: Any) -> Any:
         """Return the model to train, evaluate and decode with.

@@ -12,6 +12,8 @@ import optax
 
 Loss = Callable[[Any, Any, Mapping[str, jax.Array], jax.Array | None], tuple[jax.Array, jax.Array]]
 
+Place = Callable[[jax.Array, tuple[str, ...]], jax.Array]
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -31,6 +33,24 @@ class Method:
 
     A hook may raise FieldError for a value that does not fit the model; the frame names the section.
     """
+
+    def check(self) -> None:
+        """Look, before anything is read, whether there is what training needs.
+
+        Raises:
+          FieldError: there is not.
+        """
+
+    def frozen(self, model: Any, tokeniser: Any, place: Place) -> Any:
+        """Return arrays that the loss reads and nothing trains; the loss finds them in the batch.
+
+        Args:
+          place: puts an array on the mesh by the letters of its axes.
+
+        Raises:
+          FieldError: they do not fit the model or the text.
+        """
+        return None
 
     def on_model(self, model: Any) -> Any:
         """Return the model to train, evaluate and decode with in place of ``model``."""

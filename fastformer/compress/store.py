@@ -16,6 +16,7 @@ from safetensors.numpy import save
 
 from fastformer.core.errors import UserError
 
+WEIGHTS = "weights.safetensors"  # its name in a workdir
 # Under this key of the file's metadata: how the arrays are written that do not stand in it as they are.
 KEY = "fastformer"
 # Ends the name of what says, a bit an entry, where an array is not 0 whose zeros are left out.

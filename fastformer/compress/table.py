@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fastformer.compress.distil import Distil
 from fastformer.compress.method import Method
 from fastformer.compress.prune import Prune
 from fastformer.compress.quantise import Quantise
@@ -9,4 +10,5 @@ from fastformer.compress.quantise import Quantise
 METHODS: dict[str, type[Method]] = {
     "quantise": Quantise,
     "prune": Prune,
+    "distil": Distil,
 }

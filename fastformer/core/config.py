@@ -19,6 +19,8 @@ from fastformer.core.errors import FieldError, UserError, nearest
 
 Section = TypeVar("Section")
 
+CONFIG = "config.json"  # the file in a workdir that holds the configuration of its run
+
 # Sections whose keys depend on a name chosen in them: a key that is not there yet may be added,
 # and whoever owns the section rejects those that it does not know.
 OPEN_SECTIONS = ("model.attention", "task")

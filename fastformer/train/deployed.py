@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import sys
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
@@ -12,7 +15,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import save as to_safetensors
 
 from fastformer.compress import store
-from fastformer.compress.method import Calibration
+from fastformer.compress.method import Calibration, bare
+from fastformer.compress.store import WEIGHTS
 from fastformer.core.mesh import use
 from fastformer.core.trees import paths
 from fastformer.models.stack import unstack
@@ -21,7 +25,23 @@ from fastformer.train.setup import Run
 from fastformer.train.state import abstract_params
 from fastformer.train.step import put_batch
 
-WEIGHTS = "weights.safetensors"
+
+def frozen(run: Run) -> dict[str, Any]:
+    """Return what compression's losses read besides the batch, on the mesh; within core.mesh.use."""
+
+    def place(x: Any, letters: tuple[str, ...]) -> jax.Array:
+        axes = nn.logical_to_mesh_axes(letters, run.rules)
+        whole = NamedSharding(run.mesh, PartitionSpec())
+        split = NamedSharding(run.mesh, axes)
+        sizes = (math.prod(run.mesh.shape[a] for a in _axes(axis)) for axis in axes)
+        even = all(size % shards == 0 for size, shards in zip(x.shape, sizes))
+        return jax.device_put(x, split if even else whole)
+
+    return run.compression.frozen(run.model, run.data.tokeniser, place) if run.compression else {}
+
+
+def _axes(axis: Any) -> tuple[str, ...]:
+    return () if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)
 
 
 def export(run: Run, params: Any) -> Any:
@@ -62,7 +82,8 @@ def restore(run: Run) -> Any:
         return restore_params(run)
     params = store.tree(store.load(path))
     with use(run.mesh, run.rules):
-        store.check_fits(params, abstract_params(run), str(path))
+        wanted = abstract_params(dataclasses.replace(run, model=bare(run.model)))
+        store.check_fits(params, wanted, str(path))
         params = jax.device_put(params, NamedSharding(run.mesh, PartitionSpec()))
     if jax.process_index() == 0:
         print(f"weights as stored in {path}", file=sys.stderr, flush=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -31,10 +32,10 @@ class Gradients(NamedTuple):
 
 
 def make_gradients(run: Run) -> Callable[..., Gradients]:
-    """Return ``(params, batch, key, scale, step) -> Gradients``, in ``config.train.accumulate`` parts.
+    """Return ``(params, batch, key, scale, step, frozen) -> Gradients``, ``config.train.accumulate`` parts.
 
     The loss is multiplied by ``scale`` on the way back, and its gradients divided by it at the end;
-    ``step`` counts the updates made.
+    ``step`` counts the updates made, and ``frozen`` is what compression's losses read besides the batch.
 
     Sums over the parts are divided once, by the targets of all: each target weighs the same, in
     whichever part its row lies and however many its neighbours there have.
@@ -50,16 +51,21 @@ def make_gradients(run: Run) -> Callable[..., Gradients]:
         return *sums, gradients
 
     def of_batch(
-        params: Any, batch: Batch, key: jax.Array, scale: jax.Array | float = 1.0, step: jax.Array | int = 0
+        params: Any,
+        batch: Batch,
+        key: jax.Array,
+        scale: jax.Array | float = 1.0,
+        step: jax.Array | int = 0,
+        frozen: Mapping[str, Any] = MappingProxyType({}),
     ) -> Gradients:
         factor, model = scale / _unit(batch), at(run.model, step)
         if parts == 1:
-            nats, targets, gradients = of_part(model, params, batch, key, factor)
+            nats, targets, gradients = of_part(model, params, {**batch, **frozen}, key, factor)
         else:
 
             def add(sums: tuple, part: tuple[jax.Array, Batch]) -> tuple[tuple, None]:
                 index, rows = part
-                found = of_part(model, params, rows, jax.random.fold_in(key, index), factor)
+                found = of_part(model, params, {**rows, **frozen}, jax.random.fold_in(key, index), factor)
                 return jax.tree.map(jnp.add, sums, found), None
 
             zero = jnp.zeros((), jnp.float32)

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from fastformer import compress
 from fastformer.core import config as configuration
 from fastformer.core.config import section
 from fastformer.core.errors import UserError
@@ -49,6 +50,7 @@ def train(config: ConfigDict, workdir: Path | str, devices: list[jax.Device] | N
         section(owner, config, name)
     tx, schedule = make_optimiser(config)
     Plan(config)
+    compress.build(config).check()
     workdir = setup.open_workdir(config, workdir)
     with setup.lock(workdir), Stop() as stop:
         try:
@@ -81,7 +83,7 @@ def _train(run: Run, tx: Any, schedule: Any, stop: Stop) -> None:
                 run=run,
                 stop=stop,
                 plan=plan,
-                programs=compile_all(run, tx, schedule, abstract, plan),
+                programs=compile_all(run, tx, schedule, abstract, plan, deployed.frozen(run)),
                 checkpoints=checkpoints,
                 log=log,
                 line=line,

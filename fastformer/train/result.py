@@ -17,6 +17,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from fastformer.compress.store import WEIGHTS
 from fastformer.core import config as configuration
 from fastformer.core.trees import count
 from fastformer.data.atomic import atomic
@@ -25,7 +26,6 @@ from fastformer.report.cost import flops, state_bytes
 from fastformer.report.run_report import REPORT, write_report
 from fastformer.train import deployed
 from fastformer.train.checkpoint import FOLDER
-from fastformer.train.deployed import WEIGHTS
 from fastformer.train.evaluate import completer
 from fastformer.train.setup import Run
 from fastformer.train.state import TrainState

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from fastformer import compress, models, tasks
 from fastformer.core import config as configuration
-from fastformer.core.config import section
+from fastformer.core.config import CONFIG, section
 from fastformer.core.errors import UserError, nearest, require
 from fastformer.core.mesh import MeshConfig, check_divisible, make_mesh, rules
 from fastformer.data import DataConfig
@@ -25,7 +25,7 @@ from fastformer.data.atomic import atomic
 from fastformer.data.pipeline import RECORD
 from fastformer.data.tokenisers import FILE as TOKENISER
 
-CONFIG, LOCK = "config.json", ".lock"
+LOCK = ".lock"
 SECTIONS = (
     "name", "seed", "task", "data", "model", "train", "optimiser", "compress", "evaluate", "checkpoint",
     "log", "mesh", "sharding", "generate", "benchmark",

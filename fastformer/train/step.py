@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -44,8 +45,10 @@ class CompiledStep:
 
 def make_train_step(
     run: Run, tx: optax.GradientTransformation, schedule: Schedule, policy: Policy
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Return the step as a plain function ``(state, batch) -> (state, metrics)``.
+) -> Callable[[TrainState, Batch, Mapping[str, Any]], tuple[TrainState, Metrics]]:
+    """Return the step as a plain function ``(state, batch, frozen) -> (state, metrics)``.
+
+    ``frozen`` is what compression's losses read besides the batch.
 
     The loss is in nats per target over the whole batch of all devices; ``metrics`` holds ``loss``
     and ``targets`` of the batch, the ``gradient_norm`` before clipping, the ``learning_rate``,
@@ -54,10 +57,12 @@ def make_train_step(
     """
     gradients_of, decay, spike = make_gradients(run), run.config.optimiser.average, run.config.train.spike
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def train_step(
+        state: TrainState, batch: Batch, frozen: Mapping[str, Any] = MappingProxyType({})
+    ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
         scale = state.guard.scale if policy.scaled else 1.0
-        found = gradients_of(state.params, batch, key, scale, state.step)
+        found = gradients_of(state.params, batch, key, scale, state.step, frozen)
         norm = optax.tree.norm(found.mean)
         taken, guard = judge(state.guard, found.loss, norm, policy.scaled, spike)
         updates, opt_state = tx.update(found.mean, state.opt_state, state.params)
@@ -99,16 +104,22 @@ def jit_train_step(
 
 
 def compile_train_step(
-    run: Run, tx: optax.GradientTransformation, schedule: Schedule, abstract: TrainState, policy: str = ""
+    run: Run,
+    tx: optax.GradientTransformation,
+    schedule: Schedule,
+    abstract: TrainState,
+    policy: str = "",
+    frozen: Mapping[str, Any] = MappingProxyType({}),
 ) -> CompiledStep:
-    """Return the step compiled for the batches of ``run``; within core.mesh.use.
+    """Return the step compiled for the batches of ``run``, with ``frozen`` in it; within core.mesh.use.
 
     Args:
       policy: a row of core.dtypes.POLICIES; "" is model.dtype.
     """
+    frozen = dict(frozen)
     start = time.perf_counter()
     step = jit_train_step(run, tx, schedule, abstract, policy)
-    compiled = step.lower(abstract, abstract_batch(run)).compile()
+    compiled = step.lower(abstract, abstract_batch(run), frozen).compile()
     plan = compiled.memory_analysis()
     # Donated arguments are counted among the results too.
     memory = (
@@ -117,14 +128,24 @@ def compile_train_step(
         - plan.alias_size_in_bytes
         + plan.temp_size_in_bytes
     )
-    return CompiledStep(compiled, step, time.perf_counter() - start, int(memory))
+    return CompiledStep(
+        lambda state, batch: compiled(state, batch, frozen),
+        lambda state, batch: step(state, batch, frozen),
+        time.perf_counter() - start,
+        int(memory),
+    )
 
 
 def compile_all(
-    run: Run, tx: optax.GradientTransformation, schedule: Schedule, abstract: TrainState, plan: Plan
+    run: Run,
+    tx: optax.GradientTransformation,
+    schedule: Schedule,
+    abstract: TrainState,
+    plan: Plan,
+    frozen: Mapping[str, Any],
 ) -> dict[str, CompiledStep]:
     """Return the step compiled in every policy of the plan, once each; within core.mesh.use."""
-    return {name: compile_train_step(run, tx, schedule, abstract, name) for name in plan.names}
+    return {name: compile_train_step(run, tx, schedule, abstract, name, frozen) for name in plan.names}
 
 
 def abstract_batch(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
