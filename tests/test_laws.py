@@ -15,6 +15,7 @@ from fastformer.core.seq import Seq
 
 NAMES = tuple(VARIANTS)
 WIDTH, HEADS, GROUPS, HEAD = 24, 4, 2, 6
+SEES_OTHERS_ONLY = ("lsh",)
 TIME = 129  # where a test does not care, so that it shares what another has compiled
 CASES = [("causal", time) for time in (1, 7, 64, TIME)] + [("bidirectional", time) for time in (7, TIME)]
 
@@ -50,7 +51,7 @@ def params(name, **shared):
 
 def inputs(batch, time, seed=0):
     """Return normal numbers, in numpy: cutting a jax array compiles a program for every cut."""
-    return np.random.default_rng(seed).normal(size=(batch, time, WIDTH)).astype(np.float32)
+    return np.asarray(jax.random.normal(jax.random.key(seed), (batch, time, WIDTH)))
 
 
 def packed(time, seed=0):
@@ -127,7 +128,9 @@ def test_forward_is_reference(name, direction, time):
     fast = value_and_gradients(name, x, seq, **mode)
     slow = value_and_gradients(name, x, seq, implementation="reference", **mode)
     close(fast, slow)
-    assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(slow[1]) if g.size and time > 7)
+    # A token that sees one other at the most learns nothing of how to choose it.
+    long = 7 if name in SEES_OTHERS_ONLY else 1
+    assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(slow[1]) if g.size and time > long)
 
 
 @pytest.mark.parametrize("positions, soft_cap", [("alibi", 0.0), ("none", 5.0)])
@@ -327,7 +330,7 @@ def test_eight_devices_are_one(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_bfloat16_is_near(name):
-    """Outputs within 3 % of float32 and gradients within 7 %, in root mean square, from the ninth token on.
+    """Outputs within 3 % of float32 and gradients within 5 %, in root mean square, from the ninth token on.
 
     What a norm makes of the first tokens is sign(q.k) v: where q.k is near zero, any rounding is magnified.
     """
@@ -335,7 +338,7 @@ def test_bfloat16_is_near(name):
     low, high = (value_and_gradients(name, x, seq, first=8, dtype=d) for d in (jnp.bfloat16, jnp.float32))
     for index, (a, b) in enumerate(zip(jax.tree.leaves(low), jax.tree.leaves(high), strict=True)):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        share = 0.07 if index else 0.03
+        share = 0.05 if index else 0.03
         assert np.sqrt(np.mean((a - b) ** 2)) < share * np.sqrt(np.mean(b**2)) + 1e-6
 
 
