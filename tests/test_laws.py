@@ -15,6 +15,7 @@ from fastformer.core.seq import Seq
 
 NAMES = tuple(VARIANTS)
 WIDTH, HEADS, GROUPS, HEAD = 24, 4, 2, 6
+SEES_OTHERS_ONLY = ("lsh",)
 TIME = 129  # where a test does not care, so that it shares what another has compiled
 CASES = [("causal", time) for time in (1, 7, 64, TIME)] + [("bidirectional", time) for time in (7, TIME)]
 
@@ -50,7 +51,7 @@ def params(name, **shared):
 
 def inputs(batch, time, seed=0):
     """Return normal numbers, in numpy: cutting a jax array compiles a program for every cut."""
-    return np.random.default_rng(seed).normal(size=(batch, time, WIDTH)).astype(np.float32)
+    return np.asarray(jax.random.normal(jax.random.key(seed), (batch, time, WIDTH)))
 
 
 def packed(time, seed=0):
@@ -127,7 +128,9 @@ def test_forward_is_reference(name, direction, time):
     fast = value_and_gradients(name, x, seq, **mode)
     slow = value_and_gradients(name, x, seq, implementation="reference", **mode)
     close(fast, slow)
-    assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(slow[1]) if g.size and time > 7)
+    # A token that sees one other at the most learns nothing of how to choose it.
+    long = 7 if name in SEES_OTHERS_ONLY else 1
+    assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(slow[1]) if g.size and time > long)
 
 
 @pytest.mark.parametrize("positions, soft_cap", [("alibi", 0.0), ("none", 5.0)])

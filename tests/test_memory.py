@@ -18,8 +18,8 @@ from fastformer.core import config as configuration
 from fastformer.core.errors import UserError
 from fastformer.core.mesh import use
 from fastformer.core.seq import Seq, whole
-from fastformer.core.trees import paths
-from fastformer.models.stack import stack, unstack
+from fastformer.core.trees import SCANNED, paths
+from fastformer.models.stack import unstack
 from fastformer.report.cost import flops
 from fastformer.train.gradients import make_gradients
 from fastformer.train.optimiser import make_optimiser
@@ -38,6 +38,19 @@ def folder(tmp_path_factory):
 def close(a, b, rtol=2e-5, atol=2e-6):
     for (path, x), y in zip(paths(a).items(), jax.tree.leaves(b), strict=True):
         np.testing.assert_allclose(x, y, rtol=rtol, atol=atol, err_msg=path)
+
+
+def stack(params, period):
+    """Return the parameters of a model as those of the same model with layers scanned by ``period``."""
+    layers = sum(name.startswith("layer_") for name in params)
+
+    def join(slot):
+        return jax.tree.map(
+            lambda *x: jnp.stack(x), *(params[f"layer_{i}"] for i in range(slot, layers, period))
+        )
+
+    rest = {name: value for name, value in params.items() if not name.startswith("layer_")}
+    return rest | {SCANNED: {f"layer_{slot}": join(slot) for slot in range(period)}}
 
 
 def settled(config, settings):

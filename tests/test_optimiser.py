@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from safetensors.numpy import load_file
-from tiny import tiny_config
+from tiny import configured
 
 from fastformer.core import config as configuration
 from fastformer.core.errors import UserError
@@ -20,14 +20,6 @@ from fastformer.train.groups import decayed
 from fastformer.train.optimiser import hidden_matrices, make_optimiser
 from fastformer.train.setup import build_run
 from fastformer.train.state import abstract_state, initial_state
-
-
-def configured(folder, **settings):
-    """Return the tiny configuration with ``optimiser__clip=0`` for ``optimiser.clip``, and so on."""
-    config = tiny_config(folder)
-    for key, value in settings.items():
-        configuration.set_key(config, key.replace("__", "."), value)
-    return config
 
 
 @pytest.fixture(scope="module")

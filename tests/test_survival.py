@@ -12,9 +12,8 @@ import kill_and_resume
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from tiny import tiny_config
+from tiny import configured
 
-from fastformer.core import config as configuration
 from fastformer.core.errors import UserError
 from fastformer.core.mesh import use
 from fastformer.core.trees import paths
@@ -30,14 +29,6 @@ from fastformer.train.step import abstract_batch, jit_train_step, put_batch
 
 DEVICES = jax.devices()[:1]
 pytestmark = pytest.mark.usefixtures("compiled_once")
-
-
-def configured(folder, **settings):
-    """Return the tiny configuration with ``train__spike=4.0`` for ``train.spike``, and so on."""
-    config = tiny_config(folder)
-    for key, value in settings.items():
-        configuration.set_key(config, key.replace("__", "."), value)
-    return config
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import kill_and_resume
 import numpy as np
 import pytest
+import tiny
 from safetensors.numpy import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import tiny_config
 
 from fastformer.core import config as configuration
 from fastformer.core.errors import UserError
@@ -40,13 +40,8 @@ RESULT_KEYS = (
 
 
 def configured(folder, **settings):
-    """Return the tiny configuration with ``optimiser__clip=0`` for ``optimiser.clip``, and so on."""
-    config = tiny_config(folder)
-    for key, value in (
-        {"model.dropout": 0.1} | {k.replace("__", "."): v for k, v in settings.items()}
-    ).items():
-        configuration.set_key(config, key, value)
-    return config
+    """Return the tiny configuration with dropout, and ``settings`` as in tiny.configured."""
+    return tiny.configured(folder, **{"model__dropout": 0.1} | settings)
 
 
 @pytest.fixture(scope="module")

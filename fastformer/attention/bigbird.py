@@ -15,14 +15,14 @@ from fastformer.attention.blocked import BLOCK, attend_part
 from fastformer.attention.chosen import (
     Blocks,
     Neighbours,
-    attend_chosen,
+    attend_apart,
     complete_blocks,
     lengths,
     of_blocks,
 )
 from fastformer.attention.mixer import Mixer
-from fastformer.attention.parts import Part, grouped, join, softmax_part, starts, take
-from fastformer.attention.scores import Mask
+from fastformer.attention.parts import grouped, join, softmax_part, starts, take
+from fastformer.attention.scores import Mask, masked_softmax
 from fastformer.core.errors import require
 from fastformer.core.layers import zero_padding
 from fastformer.core.seq import Seq
@@ -83,7 +83,7 @@ def reference(
     visible = (chosen & same[:, None]) | around[:, None]
     visible = visible.reshape(batch, groups, heads // groups, time, time)
     scores = jnp.einsum("BTGMK,BSGK->BGMTS", grouped(q, groups), k) / math.sqrt(width)
-    weights = jnp.where(visible, jax.nn.softmax(jnp.where(visible, scores, -1e30), axis=-1), 0.0)
+    weights = masked_softmax(scores, visible)
     return jnp.einsum("BGMTS,BSGP->BTGMP", weights, v).reshape(batch, time, heads, -1)
 
 
@@ -112,7 +112,7 @@ def forward(
     (k_BNCGK, seen_BNC), (v_BNCGP, _) = (_of_blocks(x, seq, blocks, size) for x in (k_BTGK, v_BTGP))
     length_BT = lengths(seq)
     choice_BTHJ = _choose(seq, length_BT, blocks.end_BN.shape[1], (size, random, seed, q_BTHK.shape[2]))
-    far = _far(q_BTHK, k_BNCGK, v_BNCGP, seen_BNC, choice_BTHJ, min(size, block))
+    far = attend_apart(q_BTHK, k_BNCGK, v_BNCGP, choice_BTHJ, min(size, block), seen_BNC)
     y_BTHP, _ = join([around, far])
     number_BT, last_BT = seq.position_BT // size, (length_BT - 1) // size
     # Where there are no more than two blocks, the window sees all.
@@ -175,23 +175,6 @@ def _choose(seq: Seq, length_BT: jax.Array, count: int, sizes) -> jax.Array:
     asks_BT = (number_BT > 0) & (number_BT < last_BT) & (seq.segment_BT > 0)
     asks_BTHJ = asks_BT[:, :, None, None] & (chosen_BTHJ >= 0)
     return jnp.where(asks_BTHJ, _home(seq, length_BT, chosen_BTHJ, size), count)
-
-
-def _far(q_BTHK, k_BNCGK, v_BNCGP, seen_BNC, choice_BTHJ, chunk: int) -> Part:
-    batch, time, heads, _ = q_BTHK.shape
-    groups = k_BNCGK.shape[3]
-
-    def alone(x_BTHJ: jax.Array) -> jax.Array:
-        """Heads that share keys choose apart: they become queries of their own."""
-        return grouped(x_BTHJ, groups).swapaxes(2, 3).reshape(batch, -1, groups, x_BTHJ.shape[-1])
-
-    def together(x: jax.Array) -> jax.Array:
-        x = x.reshape(batch, time, -1, *x.shape[2:]).swapaxes(2, 3)
-        return x.reshape(batch, time, heads, *x.shape[4:])
-
-    q_BTGK, choice_BTGJ = alone(q_BTHK), alone(choice_BTHJ)
-    y, log = attend_chosen(q_BTGK[:, :, :, None], k_BNCGK, v_BNCGP, choice_BTGJ, chunk, seen_BNC)
-    return together(y), together(log)
 
 
 def _global_queries(q_BTHK, keys, seq: Seq, blocks: Blocks, length_BT: jax.Array) -> jax.Array:

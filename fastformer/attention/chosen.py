@@ -15,7 +15,7 @@ import numpy as np
 
 from fastformer.attention.blocked import attend_part
 from fastformer.attention.cache import KVState
-from fastformer.attention.parts import Part, dense, ends, join, softmax_part, starts, take
+from fastformer.attention.parts import Part, dense, ends, grouped, join, softmax_part, starts, take
 from fastformer.attention.scores import Mask
 from fastformer.attention.windows import distances
 from fastformer.core.layers import zero_padding
@@ -217,3 +217,31 @@ def attend_chosen(
     y, log = to_time(y, 0.0), to_time(log, -jnp.inf)
     y, log = y.reshape(*y.shape[:3], groups * share, -1), log.reshape(*log.shape[:3], groups * share)
     return join([(y[:, :, j], log[:, :, j]) for j in range(count)])
+
+
+def attend_apart(
+    q_BTHK: jax.Array,
+    k_BNCGK: jax.Array,
+    v_BNCGP: jax.Array,
+    choice_BTHJ: jax.Array,
+    chunk: int,
+    seen_BNC: jax.Array | None = None,
+) -> Part:
+    """Return the part of the blocks that each query head chose for itself, [B, T, H, P] and [B, T, H].
+
+    The arguments are those of ``attend_chosen``, but for every head by itself.
+    """
+    batch, time, heads, _ = q_BTHK.shape
+    groups = k_BNCGK.shape[3]
+
+    def alone(x_BTHK: jax.Array) -> jax.Array:
+        """Heads that share keys become queries of their own."""
+        return grouped(x_BTHK, groups).swapaxes(2, 3).reshape(batch, -1, groups, x_BTHK.shape[-1])
+
+    def together(x: jax.Array) -> jax.Array:
+        x = x.reshape(batch, time, -1, *x.shape[2:]).swapaxes(2, 3)
+        return x.reshape(batch, time, heads, *x.shape[4:])
+
+    q_BTGK, choice_BTGJ = alone(q_BTHK), alone(choice_BTHJ)
+    y, log = attend_chosen(q_BTGK[:, :, :, None], k_BNCGK, v_BNCGP, choice_BTGJ, chunk, seen_BNC)
+    return together(y), together(log)

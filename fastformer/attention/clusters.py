@@ -8,7 +8,7 @@ sequence to which windows apply. Nothing depends on what else stands in a row.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,12 @@ import numpy as np
 from fastformer.attention import cache
 from fastformer.attention.blocked import BLOCK, attend_part
 from fastformer.attention.cache import KVState
+from fastformer.attention.mixer import Mixer
 from fastformer.attention.parts import Part, dense, join
+from fastformer.attention.positions import rope
 from fastformer.attention.scores import Mask
-from fastformer.core.layers import zero_padding
+from fastformer.core.alphabet import constrain
+from fastformer.core.layers import RMSNorm, zero_padding
 from fastformer.core.seq import Seq
 
 ALONE = -1e5  # the score of a token with itself where it sees others: it counts when there are none
@@ -184,3 +187,44 @@ def init_state(
     """Return an empty cache: B capacity H (K + N) float32 and B capacity H P elements, and indices."""
     state = cache.empty(batch, capacity, heads, (key_width + rounds, 0), jnp.float32)
     return state._replace(value_BSGP=jnp.zeros((batch, capacity, heads, value_width), dtype))
+
+
+class Shared(Mixer):
+    """Attention whose queries and keys are one projection of H heads, sorted into clusters.
+
+    Clusters are of the projection before rotary positions, in float32, so that they do not change with the
+    dtype. Fewer ``kv_heads`` than heads share values, which the papers do not do.
+    """
+
+    causal: ClassVar[bool] = True
+    bidirectional: ClassVar[bool] = True
+    streaming: ClassVar[bool] = True
+    order: ClassVar[str] = "T log T"
+    rounds = 1  # N, clusters that a token has in each head
+
+    def clusters(self, x_BTHK: jax.Array, seq: Seq) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return queries, keys and the cluster of each head and round [B, T, H, N], before positions."""
+        raise NotImplementedError
+
+    def project(self, x_BTD, x_BSD, seqs, past):
+        seq, share = seqs[0], self.heads // self.groups
+        x_BTHK = self.linear("query", x_BTD, "BTD,DHK->BTHK", self.heads, self.head_width, exact=True)
+        v_BTGP = self.linear("value", x_BTD, "BTD,DGP->BTGP", self.groups, self.value_width)
+        if self.conv_width:
+            (x_BTHK, v_BTGP), past = self.convolve((x_BTHK, v_BTGP), seq, past)
+        if self.qk_norm:
+            x_BTHK = RMSNorm("K", name="query_norm")(x_BTHK)
+        *qk, cluster_BTHN = self.clusters(x_BTHK, seq)
+        if self.positions == "rope":
+            qk = [rope(x, seq.position_BT, self.rope_base) for x in qk]
+        q_BTHK, k_BTHK = qk
+        v_BTHP = constrain(jnp.repeat(v_BTGP, share, axis=2), "BTHP")
+        return (q_BTHK.astype(self.dtype), k_BTHK, v_BTHP, cluster_BTHN), past
+
+    def past_features(self):
+        features = self.heads * self.head_width + self.groups * self.value_width
+        return max(self.conv_width - 1, 0), features
+
+    def empty(self, batch, capacity, dtype):
+        sizes = {"heads": self.heads, "key_width": self.head_width, "value_width": self.value_width}
+        return init_state(batch, capacity, dtype, rounds=self.rounds, **sizes)

@@ -13,7 +13,7 @@ from fastformer.attention import cache
 from fastformer.attention.blocked import BLOCK, attend_part
 from fastformer.attention.cache import KVState
 from fastformer.attention.mixer import Mixer
-from fastformer.attention.scores import Bend, Mask, reference_attention
+from fastformer.attention.scores import Bend, Mask, masked_softmax, reference_attention
 from fastformer.attention.softmax import other_seq, seen, slot_scores, slot_values
 from fastformer.core.errors import require
 from fastformer.core.layers import RMSNorm
@@ -94,8 +94,8 @@ def decode(
     visible = Mask(True).visible(seq, state.seq)[:, :, None]
     weights = []
     for q, k, bend in zip(_halves(q_B1HK), _halves(state.key_BSGK), bends):
-        scores = jnp.where(visible, slot_scores(q, state._replace(key_BSGK=k), seq, bend), -1e30)
-        weights.append(jnp.where(visible, jax.nn.softmax(scores, axis=-1), 0.0))
+        scores = slot_scores(q, state._replace(key_BSGK=k), seq, bend)
+        weights.append(masked_softmax(scores, visible))
     return slot_values(weights[0] - weight * weights[1], state)
 
 

@@ -12,7 +12,7 @@ from fastformer.attention import cache
 from fastformer.attention.blocked import BLOCK, attend_part
 from fastformer.attention.cache import KVState
 from fastformer.attention.mixer import Mixer
-from fastformer.attention.scores import Bend, Fade, Mask, reference_attention
+from fastformer.attention.scores import Bend, Fade, Mask, masked_softmax, reference_attention
 from fastformer.attention.softmax import seen, slot_scores, slot_values
 from fastformer.core.layers import Linear, zero_padding
 from fastformer.core.seq import Seq
@@ -109,8 +109,7 @@ def decode(q_B1HK: jax.Array, state: ForgettingState, seq: Seq, bend: Bend) -> j
     for now_B1H, then_BSH in zip(state.total, (state.coarse_BSH, state.fine_BSH)):
         scores += (now_B1H - then_BSH).swapaxes(1, 2).reshape(scores.shape)
     visible = Mask(True).visible(seq, state.tokens.seq)[:, :, None]
-    weights = jax.nn.softmax(jnp.where(visible, scores, -1e30), axis=-1)
-    return slot_values(jnp.where(visible, weights, 0.0), state.tokens)
+    return slot_values(masked_softmax(scores, visible), state.tokens)
 
 
 def init_state(

@@ -14,7 +14,7 @@ from fastformer.attention.cache import KVState
 from fastformer.attention.implementations import attend
 from fastformer.attention.mixer import Mixer
 from fastformer.attention.positions import rope
-from fastformer.attention.scores import Bend, Mask, reference_attention
+from fastformer.attention.scores import Bend, Mask, masked_softmax, reference_attention
 from fastformer.attention.softmax import seen, slot_scores, slot_values
 from fastformer.core.errors import require
 from fastformer.core.layers import RMSNorm, zero_padding
@@ -101,8 +101,7 @@ def decode(q_B1HK, state: KVState, key_up_RGK, value_up_RGP, *, seq: Seq, bend: 
     scale = math.sqrt(q_B1HR.shape[-1] / width)
     scores = slot_scores(q_B1HR * jnp.asarray(scale, q_B1HR.dtype), both, seq, bend)
     visible = Mask(True).visible(seq, state.seq)[:, :, None]
-    weights = jax.nn.softmax(jnp.where(visible, scores, -1e30), axis=-1)
-    y_B1HR = slot_values(jnp.where(visible, weights, 0.0), state)
+    y_B1HR = slot_values(masked_softmax(scores, visible), state)
     y_BGMR = y_B1HR.reshape(batch, groups, heads // groups, -1)
     y_BGMP = jnp.einsum("BGMR,RGP->BGMP", y_BGMR, value_up_RGP.astype(y_BGMR.dtype))
     return y_BGMP.reshape(batch, 1, heads, -1)

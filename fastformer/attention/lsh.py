@@ -13,13 +13,9 @@ import numpy as np
 from fastformer.attention import clusters
 from fastformer.attention.blocked import BLOCK
 from fastformer.attention.cache import KVState
-from fastformer.attention.clusters import Chunks
+from fastformer.attention.clusters import Chunks, Shared
 from fastformer.attention.gating import unit
-from fastformer.attention.mixer import Mixer
-from fastformer.attention.positions import rope
-from fastformer.core.alphabet import constrain
 from fastformer.core.errors import require
-from fastformer.core.layers import RMSNorm
 from fastformer.core.seq import Seq
 
 
@@ -79,42 +75,6 @@ def forward(
 init_state = clusters.init_state
 
 
-class Shared(Mixer):
-    """Attention whose queries and keys are one projection of H heads, sorted into clusters.
-
-    Clusters are of the projection before rotary positions, in float32, so that they do not change with the
-    dtype. Fewer ``kv_heads`` than heads share values, which the papers do not do.
-    """
-
-    causal: ClassVar[bool] = True
-    bidirectional: ClassVar[bool] = True
-    streaming: ClassVar[bool] = True
-    order: ClassVar[str] = "T log T"
-
-    def clusters(self, x_BTHK: jax.Array, seq: Seq) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Return queries, keys and the cluster of each head and round [B, T, H, N], before positions."""
-        raise NotImplementedError
-
-    def project(self, x_BTD, x_BSD, seqs, past):
-        seq, share = seqs[0], self.heads // self.groups
-        x_BTHK = self.linear("query", x_BTD, "BTD,DHK->BTHK", self.heads, self.head_width, exact=True)
-        v_BTGP = self.linear("value", x_BTD, "BTD,DGP->BTGP", self.groups, self.value_width)
-        if self.conv_width:
-            (x_BTHK, v_BTGP), past = self.convolve((x_BTHK, v_BTGP), seq, past)
-        if self.qk_norm:
-            x_BTHK = RMSNorm("K", name="query_norm")(x_BTHK)
-        *qk, cluster_BTHN = self.clusters(x_BTHK, seq)
-        if self.positions == "rope":
-            qk = [rope(x, seq.position_BT, self.rope_base) for x in qk]
-        q_BTHK, k_BTHK = qk
-        v_BTHP = constrain(jnp.repeat(v_BTGP, share, axis=2), "BTHP")
-        return (q_BTHK.astype(self.dtype), k_BTHK, v_BTHP, cluster_BTHN), past
-
-    def past_features(self):
-        features = self.heads * self.head_width + self.groups * self.value_width
-        return max(self.conv_width - 1, 0), features
-
-
 class LSH(Shared):
     """Reformer's attention: queries and keys that fall into one bucket of a random rotation.
 
@@ -155,7 +115,3 @@ class LSH(Shared):
 
     def refer(self, qkv, seqs):
         return reference(*qkv, seq=seqs[0], chunk=self.chunk, causal=not self.bidirectional_mode)
-
-    def empty(self, batch, capacity, dtype):
-        sizes = {"heads": self.heads, "key_width": self.head_width, "value_width": self.value_width}
-        return init_state(batch, capacity, dtype, rounds=self.rounds, **sizes)

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from fastformer.attention import cache
 from fastformer.attention.blocked import BLOCK
 from fastformer.attention.cache import KVState
-from fastformer.attention.chosen import Blocks, attend_chosen, complete_blocks, led, near, of_blocks, timeline
+from fastformer.attention.chosen import Blocks, attend_apart, complete_blocks, led, near, of_blocks, timeline
 from fastformer.attention.mixer import Mixer
 from fastformer.attention.parts import Part, grouped, join, tiles, untiled
-from fastformer.attention.scores import Mask
+from fastformer.attention.scores import Mask, masked_softmax
 from fastformer.attention.windows import Within
 from fastformer.core.errors import require
 from fastformer.core.layers import zero_padding
@@ -45,7 +45,7 @@ def reference(
     chosen = jnp.einsum("BGMTS,BSU->BGMTU", chosen, mates_BTS.astype(jnp.float32)) > 0
     visible = chosen | (mates_BTS & Mask().visible(seq, seq))[:, None, None]
     scores = jnp.einsum("BTGMK,BSGK->BGMTS", q, k) / math.sqrt(width)
-    weights = jnp.where(visible, jax.nn.softmax(jnp.where(visible, scores, -1e30), axis=-1), 0.0)
+    weights = masked_softmax(scores, visible)
     return jnp.einsum("BGMTS,BSGP->BTGMP", weights, v).reshape(batch, time, heads, -1)
 
 
@@ -89,24 +89,11 @@ def _forward(q_BTHK, k_BTGK, v_BTGP, seq: Seq, state: KVState | None, sizes) -> 
 
 def _chosen(q_BTHK, line, seq: Seq, blocks: Blocks, sizes) -> Part:
     size, count, block = sizes
-    batch, time, heads, width = q_BTHK.shape
-    groups = line.k_BSGK.shape[2]
     k_BNCGK, v_BNCGP = (of_blocks(x, blocks.end_BN, size) for x in (line.k_BSGK, line.v_BSGP))
-    q_BTGMK = grouped(q_BTHK, groups)
+    q_BTGMK = grouped(q_BTHK, line.k_BSGK.shape[2])
     mean_BNGK = k_BNCGK.astype(jnp.float32).mean(axis=2)
-    choice_BTGMJ = choose(q_BTGMK, mean_BNGK, seq, blocks, sizes)
-
-    def alone(x_BTGMJ: jax.Array) -> jax.Array:
-        """Heads that share keys choose apart: they become queries of their own."""
-        x = x_BTGMJ.swapaxes(2, 3)
-        return x.reshape(batch, -1, groups, x.shape[-1])
-
-    y, log = attend_chosen(
-        alone(q_BTGMK)[:, :, :, None], k_BNCGK, v_BNCGP, alone(choice_BTGMJ), min(size, block)
-    )
-    y = y.reshape(batch, time, -1, groups, y.shape[-1]).swapaxes(2, 3)
-    log = log.reshape(batch, time, -1, groups).swapaxes(2, 3)
-    return y.reshape(batch, time, heads, -1), log.reshape(batch, time, heads)
+    choice_BTHJ = choose(q_BTGMK, mean_BNGK, seq, blocks, sizes).reshape(*q_BTHK.shape[:3], -1)
+    return attend_apart(q_BTHK, k_BNCGK, v_BNCGP, choice_BTHJ, min(size, block))
 
 
 def choose(q_BTGMK: jax.Array, mean_BNGK: jax.Array, seq: Seq, blocks: Blocks, sizes) -> jax.Array:

@@ -27,7 +27,7 @@ from fastformer.attention.chosen import (
 )
 from fastformer.attention.mixer import Mixer
 from fastformer.attention.parts import ends, grouped, join, softmax_part, take, tiles, untiled
-from fastformer.attention.scores import Mask
+from fastformer.attention.scores import Mask, masked_softmax
 from fastformer.core.errors import require
 from fastformer.core.layers import zero_padding
 from fastformer.core.seq import Seq
@@ -84,7 +84,7 @@ def reference(
 
     def attend(k, v, visible):
         scores = jnp.einsum("BTGMK,BSGK->BGMTS", q, k) / math.sqrt(width)
-        weights = jnp.where(visible, jax.nn.softmax(jnp.where(visible, scores, -1e30), axis=-1), 0.0)
+        weights = masked_softmax(scores, visible)
         return weights, jnp.einsum("BGMTS,BSGP->BTGMP", weights, v).reshape(batch, time, heads, -1)
 
     index = jnp.clip(jnp.arange(time)[:, None] - size + 1 + jnp.arange(size)[None], 0)

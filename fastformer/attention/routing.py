@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from fastformer.attention import clusters
 from fastformer.attention.blocked import BLOCK
 from fastformer.attention.cache import KVState
-from fastformer.attention.lsh import Shared
+from fastformer.attention.clusters import Shared
 from fastformer.attention.scores import Mask
 from fastformer.core.errors import require
 from fastformer.core.seq import Seq
@@ -125,7 +125,3 @@ class Routing(Shared):
 
     def refer(self, qkv, seqs):
         return reference(*qkv, seq=seqs[0], window=self.window, causal=not self.bidirectional_mode)
-
-    def empty(self, batch, capacity, dtype):
-        sizes = {"heads": self.heads, "key_width": self.head_width, "value_width": self.value_width}
-        return init_state(batch, capacity, dtype, rounds=1, **sizes)

@@ -15,7 +15,7 @@ from fastformer.attention.blocked import BLOCK, attend_part
 from fastformer.attention.chosen import lengths
 from fastformer.attention.mixer import Mixer
 from fastformer.attention.parts import join, starts, take
-from fastformer.attention.scores import Mask
+from fastformer.attention.scores import Mask, masked_softmax
 from fastformer.core.errors import require
 from fastformer.core.layers import zero_padding
 from fastformer.core.seq import Seq
@@ -98,7 +98,7 @@ def reference(
     k, v = (jnp.repeat(jnp.concatenate(x, axis=1), share, axis=2) for x in ((k, sorted_k), (v, sorted_v)))
     scores = jnp.einsum("BTHK,BSHK->BHTS", q, k) * q.shape[-1] ** -0.5
     visible = jnp.concatenate([mates_BTS, mates_BTS], axis=-1)[:, None]
-    weights = jnp.where(visible, jax.nn.softmax(jnp.where(visible, scores, NEVER), axis=-1), 0.0)
+    weights = masked_softmax(scores, visible)
     return jnp.einsum("BHTS,BSHP->BTHP", weights, v)
 
 

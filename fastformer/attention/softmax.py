@@ -14,7 +14,7 @@ from fastformer.attention.blocked import attend_part
 from fastformer.attention.cache import KVState
 from fastformer.attention.implementations import attend
 from fastformer.attention.mixer import Mixer
-from fastformer.attention.scores import Bend, Mask, reference_attention
+from fastformer.attention.scores import Bend, Mask, masked_softmax, reference_attention
 from fastformer.core.seq import Seq
 
 
@@ -134,7 +134,7 @@ def decode(
     """Return the attention of one token a row over the slots, [B, 1, H, P]."""
     scores = slot_scores(q_B1HK, state, seq, bend)
     visible = mask.visible(seq, state.seq)[:, :, None]
-    weights = jnp.where(visible, jax.nn.softmax(jnp.where(visible, scores, -1e30), axis=-1), 0.0)
+    weights = masked_softmax(scores, visible)
     if sink_H is not None:
         log_BGM = jax.nn.logsumexp(jnp.where(visible, scores, -1e30), axis=-1)
         sink_BGM = sink_H.astype(jnp.float32).reshape(1, *log_BGM.shape[1:])

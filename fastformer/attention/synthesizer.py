@@ -13,7 +13,7 @@ from fastformer.attention import cache
 from fastformer.attention.blocked import attend_part
 from fastformer.attention.cache import KVState
 from fastformer.attention.mixer import Mixer
-from fastformer.attention.scores import Bend, Mask
+from fastformer.attention.scores import Bend, Mask, masked_softmax
 from fastformer.attention.softmax import seen, slot_scores, slot_values
 from fastformer.core.errors import lookup, require
 from fastformer.core.layers import zero_padding
@@ -92,8 +92,7 @@ def reference(
         rows_BTHR, columns_BSHR = random.rows_LHR[position_BT], columns_LHR[position_BT]
         total_BHTS += alpha_random * jnp.einsum("BTHR,BSHR->BHTS", rows_BTHR, columns_BSHR)
     visible_BTS = Mask(causal).visible(seq, seq)[:, None]
-    weights_BHTS = jax.nn.softmax(jnp.where(visible_BTS, total_BHTS, -1e30), axis=-1)
-    return jnp.einsum("BHTS,BSHP->BTHP", jnp.where(visible_BTS, weights_BHTS, 0.0), v_BSHP)
+    return jnp.einsum("BHTS,BSHP->BTHP", masked_softmax(total_BHTS, visible_BTS), v_BSHP)
 
 
 def queries(q_BTHK: jax.Array, scores: Scores, seq: Seq) -> jax.Array:
@@ -147,8 +146,8 @@ def forward(
     there = there._replace(key_BSGK=keys(there.key_BSGK, scores, there.seq))
     if state is not None and q_BTHR.shape[1] == 1:
         visible = Mask(True).visible(seq, there.seq)[:, :, None]
-        bare = jnp.where(visible, slot_scores(q_BTHR, there, seq, Bend()), -1e30)
-        return slot_values(jnp.where(visible, jax.nn.softmax(bare, axis=-1), 0.0), there), grown
+        weights = masked_softmax(slot_scores(q_BTHR, there, seq, Bend()), visible)
+        return slot_values(weights, there), grown
     y_BTHP, _ = attend_part(q_BTHR, *there[:2], seq, there.seq, Mask(causal), past=past)
     return y_BTHP.astype(v_BTGP.dtype), grown if causal else None
 

@@ -15,7 +15,7 @@ from fastformer.attention.blocked import BLOCK
 from fastformer.attention.cache import KVState
 from fastformer.attention.mixer import Mixer
 from fastformer.attention.parts import grouped, scored, softmax_part, tiles, untiled
-from fastformer.attention.scores import Bend, Mask
+from fastformer.attention.scores import Bend, Mask, masked_softmax
 from fastformer.attention.windows import distances
 from fastformer.core.errors import require
 from fastformer.core.layers import zero_padding
@@ -44,7 +44,7 @@ def reference(
     visible = Mask(causal).visible(seq, k_seq)[:, None, None]
     ranked = jnp.sort(jnp.where(visible, scores, -jnp.inf), axis=-1)
     kept = visible & (scores >= ranked[..., -min(best, ranked.shape[-1])][..., None])
-    weights = jnp.where(kept, jax.nn.softmax(jnp.where(kept, scores, -1e30), axis=-1), 0.0)
+    weights = masked_softmax(scores, kept)
     return jnp.einsum("BGMTS,BSGP->BTGMP", weights, v_BSGP).reshape(batch, time, heads, -1)
 
 

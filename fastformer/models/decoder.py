@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -24,6 +24,8 @@ class Decoder(nn.Module):
       vocabulary: V.
       length: T that it is trained at, the most that learned positions can hold.
     """
+
+    reads_sources: ClassVar[bool] = False  # a prompt is the beginning of what it writes
 
     config: ModelConfig
     vocabulary: int

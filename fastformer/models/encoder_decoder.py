@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -17,6 +17,7 @@ from fastformer.core.seq import Seq, whole
 from fastformer.models.block import NORM_LAYERS, Block
 from fastformer.models.config import ModelConfig
 from fastformer.models.parts import Tables, embed, logits_of
+from fastformer.models.stack import init_state
 
 
 class Source(NamedTuple):
@@ -44,6 +45,8 @@ class EncoderDecoder(nn.Module):
       vocabulary: V.
       length: T and S that it is trained at, the most that learned positions can hold.
     """
+
+    reads_sources: ClassVar[bool] = True  # prompts are its sources
 
     config: ModelConfig
     vocabulary: int
@@ -112,8 +115,7 @@ class EncoderDecoder(nn.Module):
             x_BSD = jnp.zeros((batch, self.length, c.width), COMPUTE[c.dtype])
             nothing = jnp.zeros((batch, self.length), jnp.int32)
             context = Context(x_BSD, Seq(nothing, nothing))
-        mixers = (c.mixer(layer, self.length, detached=True) for layer in range(c.layers))
-        return Written(context, tuple(mixer.init_state(batch, capacity) for mixer in mixers))
+        return Written(context, init_state(c, self.length, batch, capacity))
 
 
 def _nothing(batch: int) -> Source:

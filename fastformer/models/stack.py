@@ -102,16 +102,3 @@ def unstack(params: Any) -> Any:
             one = jax.tree.map(lambda x, repeat=repeat: x[repeat], stacked[f"layer_{slot}"])
             layers[f"layer_{repeat * len(stacked) + slot}"] = one
     return {name: value for name, value in params.items() if name != SCANNED} | layers
-
-
-def stack(params: Any, period: int) -> Any:
-    """Return the parameters of a model as those of the same model with layers scanned by ``period``."""
-    layers = sum(name.startswith("layer_") for name in params)
-
-    def join(slot: int) -> Any:
-        return jax.tree.map(
-            lambda *x: jnp.stack(x), *(params[f"layer_{i}"] for i in range(slot, layers, period))
-        )
-
-    rest = {name: value for name, value in params.items() if not name.startswith("layer_")}
-    return rest | {SCANNED: {f"layer_{slot}": join(slot) for slot in range(period)}}
