@@ -23,6 +23,8 @@ from fastformer.train.state import TrainState
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+
 
 @dataclass(frozen=True)
 class CompiledStep:
@@ -53,7 +55,9 @@ def make_train_step(
     """
     loss_of = run.compression.loss(run.task.loss)
 
-    def train_step(state: TrainState, batch: Batch, frozen: Mapping[str, Any]) -> tuple[TrainState, Metrics]:
+    def train_step(
+        state: TrainState, batch: Batch, frozen: Mapping[str, Any] = NOTHING
+    ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
 
         def mean_loss(params: Any) -> tuple[jax.Array, jax.Array]:
@@ -88,7 +92,7 @@ def compile_train_step(
     tx: optax.GradientTransformation,
     schedule: Schedule,
     abstract: TrainState,
-    frozen: Mapping[str, Any] = MappingProxyType({}),
+    frozen: Mapping[str, Any] = NOTHING,
 ) -> CompiledStep:
     """Return the step compiled for the batches of ``run``, with ``frozen`` in it; within core.mesh.use."""
     frozen = dict(frozen)
