@@ -125,4 +125,5 @@ def test_three_methods_interrupted_and_gone_on(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     modes.evaluate(config, straight, ())
     found = json.loads(capsys.readouterr().out)["bits_per_byte"]
-    assert found == pytest.approx(result["quality"]["bits_per_byte"], rel=1e-6)
+    # Other devices sum in another order, and an input half-way between two integers goes the other way.
+    assert found == pytest.approx(result["quality"]["bits_per_byte"], rel=1e-4)
