@@ -59,10 +59,10 @@ def all_of(params):
 
 
 def test_the_schedule_is_cubic_and_what_is_zero_stays(folder):
-    config = configured(folder, "prune", prune__sparsity=0.8, prune__start=2, prune__end=8, prune__every=3)
+    config = configured(folder, "prune", prune__sparsity=0.2, prune__start=2, prune__end=8, prune__every=3)
     found = steps(config, 11, optax.adam(0.5))  # moments that would bring pruned weights back
     rates = [np.mean(all_of(params) == 0) for params in found]  # after updates 1, 2, …
-    half_way, end = 0.8 * (1 - 0.5**3), 0.8
+    half_way, end = 0.2 * (1 - 0.5**3), 0.2
     np.testing.assert_allclose(rates[:4], [0, 0, 0, 0], atol=1e-9)
     np.testing.assert_allclose(rates[4:7], [half_way] * 3, atol=1e-3)
     np.testing.assert_allclose(rates[7:], [end] * 4, atol=1e-3)

@@ -17,7 +17,8 @@ from fastformer.compress.record import RELATED, Call, Recorder
 from fastformer.compress.sites import sites
 from fastformer.compress.teacher import Teacher, open_teacher
 from fastformer.core.dtypes import COMPUTE
-from fastformer.core.errors import FieldError, lookup, require
+from fastformer.core.errors import FieldError, UserError, lookup, require
+from fastformer.models import Decoder
 
 KEY = "distil"  # of the teacher's weights in the batch, and of the learned maps in the student's
 
@@ -98,6 +99,12 @@ class Distil(Method):
 
     def on_model(self, model: Any) -> Any:
         """Return the model, with the maps to the teacher's width besides where hidden states are learned."""
+        config = bare(model).config
+        if config.loss_chunk:
+            raise UserError("config.model.loss_chunk: distillation compares all logits; set it 0")
+        for field in ("hidden", "relations"):
+            if getattr(self, field) and (config.scan or not isinstance(bare(model), Decoder)):
+                raise FieldError(field, "it reads the blocks of a decoder that does not scan them; set it 0")
         return Mapped(model, self._teacher().model.config.width) if self.hidden else model
 
     def frozen(self, model: Any, tokeniser: Any, place: Place) -> Any:
@@ -147,14 +154,15 @@ class Distil(Method):
             told = Recorder(teacher, inside)
             without_noise = learnt.kwargs | {"deterministic": True, "rngs": None}
             told.apply({"params": batch[KEY]}, *learnt.args, **without_noise)
-            far_BT = self._distance(learnt, told.calls[0], params.get(KEY), batch["segment_BT"])
-            return (1 - self.weight) * nats + jnp.sum(far_BT * batch["weights_BT"]), targets
+            far = self._distance(learnt, told.calls[0], params.get(KEY), batch["segment_BT"])
+            counts = batch["weights_BT" if far.ndim == 2 else "weights_B"]
+            return (1 - self.weight) * nats + jnp.sum(far * counts), targets
 
         return distilled
 
     def _distance(self, learnt: Call, told: Call, maps: Any, segment_BT: jax.Array) -> jax.Array:
-        """Return how far the student is from the teacher at each token, [B, T], by the weights."""
-        far_BT = self.weight * of_logits(self.divergence, learnt.logits, told.logits, self.temperature)
+        """Return how far the student is from the teacher at each token, [B, T], or row, [B]."""
+        far = self.weight * of_logits(self.divergence, learnt.logits, told.logits, self.temperature)
         if self.hidden:
             mine, theirs = learnt.blocks(), told.blocks()
             for layer, x_BTD in enumerate(mine):
@@ -162,12 +170,12 @@ class Distil(Method):
                 mapped = jnp.einsum(
                     "BTD,DR->BTR", x_BTD.astype(jnp.float32), maps[f"layer_{layer}"]["weight"]
                 )
-                far_BT += self.hidden * of_hidden(mapped, target) / len(mine)
+                far += self.hidden * of_hidden(mapped, target) / len(mine)
         if self.relations:
             for mine, theirs in zip(learnt.related(), told.related()):
-                far = of_relations(mine, theirs, self.relation_heads, segment_BT)
-                far_BT += self.relations * far / len(RELATED)
-        return far_BT
+                apart = of_relations(mine, theirs, self.relation_heads, segment_BT)
+                far += self.relations * apart / len(RELATED)
+        return far
 
     def on_export(self, model: Any, params: Any, calibration: Calibration) -> Any:
         """Return the student's weights alone."""

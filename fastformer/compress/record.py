@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
+import optax
 
 from fastformer.compress.method import Wrapped
 from fastformer.core.layers import Linear
@@ -19,8 +20,8 @@ class Call(NamedTuple):
     """One call of a model.
 
     Attributes:
-      args, kwargs: of ``apply``, without the variables.
-      logits: [B, T, V].
+      args, kwargs: of ``apply``, without the variables and the targets.
+      logits: [B, T, V], or [B, classes].
       inner: outputs of blocks and of the last mixer's projections, as flax's intermediates; {} if not asked.
     """
 
@@ -54,20 +55,17 @@ class Recorder(Wrapped):
     calls: list[Call] = dataclasses.field(default_factory=list)
 
     def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
-        """Return the outputs, as ``linen.Module.apply``.
-
-        Raises:
-          ValueError: the model did not return the logits of every token.
-        """
+        """Return the outputs, as ``linen.Module.apply``; logits are kept, also where nats are asked for."""
+        targets = kwargs.pop("targets_BT", None)
         if self.inside:
             more = {"capture_intermediates": _wanted, "mutable": ["intermediates"]}
-            out, found = self.inner.apply(variables, *args, **kwargs, **more)
+            (logits, state), found = self.inner.apply(variables, *args, **kwargs, **more)
         else:
-            out, found = self.inner.apply(variables, *args, **kwargs), {}
-        if out[0].ndim != 3 or out[0].shape[-1] != self.vocabulary:
-            raise ValueError(f"logits of every token are wanted, and the model returned {out[0].shape}")
-        self.calls.append(Call(args, kwargs, out[0], found.get("intermediates", {})))
-        return out
+            (logits, state), found = self.inner.apply(variables, *args, **kwargs), {}
+        self.calls.append(Call(args, kwargs, logits, found.get("intermediates", {})))
+        if targets is None:
+            return logits, state
+        return optax.softmax_cross_entropy_with_integer_labels(logits, targets), state
 
 
 def _wanted(module: Any, method: str) -> bool:

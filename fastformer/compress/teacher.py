@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from fastformer import models
+from fastformer import models, tasks
 from fastformer.compress import store
 from fastformer.compress.method import Place
 from fastformer.compress.numerics import dequantise, is_stored, replace_leaves
@@ -21,6 +21,7 @@ from fastformer.core import config as configuration
 from fastformer.core.errors import FieldError
 from fastformer.core.seq import whole
 from fastformer.data import load_tokeniser
+from fastformer.models.stack import unstack
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,11 @@ class Teacher:
           UserError: they cannot be read, or are of another model.
         """
         path = self.workdir / store.WEIGHTS
-        params = store.tree(store.load(path))
+
+        def whole_array(_: str, leaf: Any) -> jax.Array:
+            return dequantise(leaf) if is_stored(leaf) else jnp.asarray(leaf)
+
+        params = unstack(replace_leaves(store.tree(store.load(path)), whole_array))
 
         def init() -> Any:
             return self.model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32), whole(1, 2))["params"]
@@ -52,8 +57,7 @@ class Teacher:
         store.check_fits(params, jax.eval_shape(lambda: nn.unbox(init())), str(path))
         letters = nn.get_partition_spec(jax.eval_shape(init))
 
-        def one(path: str, leaf: Any) -> jax.Array:
-            x = dequantise(leaf) if is_stored(leaf) else jnp.asarray(leaf)
+        def one(path: str, x: jax.Array) -> jax.Array:
             node = letters
             for name in path.split("/"):
                 node = node[name]
@@ -80,6 +84,6 @@ def open_teacher(workdir: str, dtype: str) -> Teacher:
     except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise FieldError("teacher", f"the {configuration.CONFIG} of {workdir} cannot be read") from error
     tokeniser = load_tokeniser(folder)
-    model = models.build(config, tokeniser.size, config.data.length)
-    model = model.clone(config=dataclasses.replace(model.config, dtype=dtype, dropout=0.0))
+    model = models.build(config, tokeniser.size, config.data.length, tasks.build(config).head)
+    model = model.clone(config=dataclasses.replace(model.config, dtype=dtype, dropout=0.0, scan=False))
     return Teacher(folder, config, model, tokeniser)

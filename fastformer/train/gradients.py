@@ -15,6 +15,7 @@ from fastformer.compress import at
 from fastformer.train.setup import Run
 
 Batch = Mapping[str, jax.Array]
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class Gradients(NamedTuple):
@@ -56,7 +57,7 @@ def make_gradients(run: Run) -> Callable[..., Gradients]:
         key: jax.Array,
         scale: jax.Array | float = 1.0,
         step: jax.Array | int = 0,
-        frozen: Mapping[str, Any] = MappingProxyType({}),
+        frozen: Mapping[str, Any] = NOTHING,
     ) -> Gradients:
         factor, model = scale / _unit(batch), at(run.model, step)
         if parts == 1:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -16,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from fastformer.core.dtypes import POLICIES, Policy
 from fastformer.core.mesh import batch_sharding
-from fastformer.train.gradients import Batch, make_gradients
+from fastformer.train.gradients import NOTHING, Batch, make_gradients
 from fastformer.train.guard import judge
 from fastformer.train.precision import Plan, in_policy
 from fastformer.train.schedules import Schedule
@@ -58,7 +57,7 @@ def make_train_step(
     gradients_of, decay, spike = make_gradients(run), run.config.optimiser.average, run.config.train.spike
 
     def train_step(
-        state: TrainState, batch: Batch, frozen: Mapping[str, Any] = MappingProxyType({})
+        state: TrainState, batch: Batch, frozen: Mapping[str, Any] = NOTHING
     ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
         scale = state.guard.scale if policy.scaled else 1.0
@@ -109,7 +108,7 @@ def compile_train_step(
     schedule: Schedule,
     abstract: TrainState,
     policy: str = "",
-    frozen: Mapping[str, Any] = MappingProxyType({}),
+    frozen: Mapping[str, Any] = NOTHING,
 ) -> CompiledStep:
     """Return the step compiled for the batches of ``run``, with ``frozen`` in it; within core.mesh.use.
 
