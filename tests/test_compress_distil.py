@@ -186,3 +186,17 @@ def test_chunks_of_the_loss_are_refused(folder, teacher, tmp_path):
     config = configured(folder, "distil", distil__teacher=teacher, model__loss_chunk=4)
     with pytest.raises(UserError, match="config.model.loss_chunk: distillation compares all logits"):
         loop.train(config, tmp_path, DEVICES)
+
+
+@pytest.mark.parametrize("task, model", [("digits", "encoder"), ("recall", "decoder")])
+def test_other_tasks_and_scanned_teachers(tmp_path, task, model):
+    settings = {
+        "task__name": task, "model__name": model, "model__bidirectional": model == "encoder",
+        "data__source": "digits" if task == "digits" else "synthetic", "train__steps": 2,
+        "evaluate__every": 0, "data__length": 64, "optimiser__warmup_steps": 1,
+    }  # fmt: skip
+    teacher = train(configured(tmp_path, model__layers=2, model__scan=True, **settings), tmp_path / "teacher")
+    student = configured(tmp_path, "distil", distil__teacher=str(teacher), distil__weight=1.0, **settings)
+    train(student, tmp_path / "student")
+    losses = [json.loads(line) for line in (tmp_path / "student" / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 < line["loss"] < 5 for line in losses if line["split"] == "train")

@@ -15,7 +15,7 @@ from fastformer.compress.divergence import DIVERGENCES, of_hidden, of_logits, of
 from fastformer.compress.method import Calibration, Loss, Method, Place, Wrapped, bare
 from fastformer.compress.record import RELATED, Call, Recorder
 from fastformer.compress.sites import sites
-from fastformer.compress.teacher import Teacher, open_teacher
+from fastformer.compress.teacher import Teacher, find, open_teacher
 from fastformer.core.dtypes import COMPUTE
 from fastformer.core.errors import FieldError, UserError, lookup, require
 from fastformer.models import Decoder
@@ -92,10 +92,10 @@ class Distil(Method):
 
     def check(self) -> None:
         """Look whether the teacher is there."""
-        self._teacher()
+        find(self.teacher)
 
-    def _teacher(self) -> Teacher:
-        return open_teacher(self.teacher, self.dtype)
+    def _teacher(self, model: Any) -> Teacher:
+        return open_teacher(self.teacher, bare(model).vocabulary, self.dtype)
 
     def on_model(self, model: Any) -> Any:
         """Return the model, with the maps to the teacher's width besides where hidden states are learned."""
@@ -105,7 +105,7 @@ class Distil(Method):
         for field in ("hidden", "relations"):
             if getattr(self, field) and (config.scan or not isinstance(bare(model), Decoder)):
                 raise FieldError(field, "it reads the blocks of a decoder that does not scan them; set it 0")
-        return Mapped(model, self._teacher().model.config.width) if self.hidden else model
+        return Mapped(model, self._teacher(model).model.config.width) if self.hidden else model
 
     def frozen(self, model: Any, tokeniser: Any, place: Place) -> Any:
         """Return the teacher's weights.
@@ -113,10 +113,10 @@ class Distil(Method):
         Raises:
           FieldError: the tokenisers differ, the teacher knows too few positions, or relations cannot be cut.
         """
-        teacher = self._teacher()
-        if teacher.tokeniser.fingerprint != tokeniser.fingerprint:
-            sizes = f"{teacher.tokeniser.size} and {tokeniser.size} tokens"
-            raise FieldError("teacher", f"{self.teacher} has another tokeniser than this run ({sizes})")
+        teacher = self._teacher(model)
+        prints = [x and x.fingerprint for x in (teacher.tokeniser, tokeniser)]
+        if prints[0] != prints[1]:
+            raise FieldError("teacher", f"{self.teacher} has another tokeniser than this run")
         positions = teacher.model.config.positions
         if positions == "learned" and model.length > teacher.model.length:
             most = teacher.model.length
@@ -143,7 +143,7 @@ class Distil(Method):
 
     def on_loss(self, loss: Loss) -> Loss:
         """Return the loss mixed with how far the student is from the teacher, over the same targets."""
-        teacher, inside = self._teacher().model, bool(self.hidden or self.relations)
+        inside = bool(self.hidden or self.relations)
 
         def distilled(
             model: Any, params: Any, batch: Mapping[str, Any], rng: jax.Array | None
@@ -151,7 +151,7 @@ class Distil(Method):
             student = Recorder(model, inside)
             nats, targets = loss(student, params, {k: v for k, v in batch.items() if k != KEY}, rng)
             (learnt,) = student.calls
-            told = Recorder(teacher, inside)
+            told = Recorder(self._teacher(model).model, inside)
             without_noise = learnt.kwargs | {"deterministic": True, "rngs": None}
             told.apply({"params": batch[KEY]}, *learnt.args, **without_noise)
             far = self._distance(learnt, told.calls[0], params.get(KEY), batch["segment_BT"])

@@ -21,6 +21,7 @@ from fastformer.core import config as configuration
 from fastformer.core.errors import FieldError
 from fastformer.core.seq import whole
 from fastformer.data import load_tokeniser
+from fastformer.data.tokenisers import FILE as TOKENISER
 from fastformer.models.stack import unstack
 
 
@@ -30,7 +31,7 @@ class Teacher:
 
     Attributes:
       workdir: of the run. config: that it began with.
-      model: the linen module. tokeniser: of its text.
+      model: the linen module. tokeniser: of its text; none for a task without text.
     """
 
     workdir: Path
@@ -66,8 +67,8 @@ class Teacher:
         return replace_leaves(params, one)
 
 
-def open_teacher(workdir: str, dtype: str) -> Teacher:
-    """Return the teacher in ``workdir``, computing in ``dtype``; its weights are not read yet.
+def find(workdir: str) -> ConfigDict:
+    """Return the configuration of the finished run in ``workdir``.
 
     Raises:
       FieldError: there is no finished run.
@@ -80,10 +81,23 @@ def open_teacher(workdir: str, dtype: str) -> Teacher:
             reason = "train it to its end first" if folder.is_dir() else "there is no such folder"
             raise FieldError("teacher", f"{workdir} holds no {name}; {reason}")
     try:
-        config = configuration.from_json((folder / configuration.CONFIG).read_text())
+        return configuration.from_json((folder / configuration.CONFIG).read_text())
     except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise FieldError("teacher", f"the {configuration.CONFIG} of {workdir} cannot be read") from error
-    tokeniser = load_tokeniser(folder)
-    model = models.build(config, tokeniser.size, config.data.length, tasks.build(config).head)
+
+
+def open_teacher(workdir: str, vocabulary: int, dtype: str) -> Teacher:
+    """Return the teacher in ``workdir``, computing in ``dtype``; its weights are not read yet.
+
+    Args:
+      workdir: of the teacher. vocabulary: of the student, which is the teacher's too.
+      dtype: a row of COMPUTE.
+
+    Raises:
+      FieldError: there is no finished run.
+    """
+    config, folder = find(workdir), Path(workdir)
+    tokeniser = load_tokeniser(folder) if (folder / TOKENISER).exists() else None
+    model = models.build(config, vocabulary, config.data.length, tasks.build(config).head)
     model = model.clone(config=dataclasses.replace(model.config, dtype=dtype, dropout=0.0, scan=False))
     return Teacher(folder, config, model, tokeniser)
