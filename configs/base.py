@@ -141,7 +141,7 @@ def get_config() -> ConfigDict:
     c.generate.prompt = ""  # continued at the end of training, for result.json and report.md
 
     c.benchmark = ConfigDict()
-    c.benchmark.variants = ()  # rows of the table to compare; () is all
+    c.benchmark.variants = ()  # rows of the table beside softmax; () is all
     c.benchmark.lengths = (512, 1024, 2048)  # T
     c.benchmark.batch = 1  # B
     c.benchmark.repeats = 5  # timed runs of each, alternating; the median is shown

@@ -40,7 +40,8 @@ class GenerateConfig:
         require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
         if self.temperature == 0 and (self.top_k or self.top_p < 1):
             raise FieldError(
-                "temperature", "0 is greedy, which top_k and top_p cannot change; set it above 0"
+                "temperature",
+                "0 is greedy, which top_k and top_p cannot change; set it above 0, or top_k=0 and top_p=1",
             )
 
 

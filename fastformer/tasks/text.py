@@ -28,7 +28,7 @@ class Text(NextToken):
         return bits | perplexity(sums["nats"], sums["targets"])
 
     def samples(self, complete, data, prompt):
-        return answers(complete, data.tokeniser, [prompt])
+        return self.respond(complete, data.tokeniser, {"prompt": [prompt]})
 
     def respond(self, complete, tokeniser, asked):
         prompts = asked["prompt"]

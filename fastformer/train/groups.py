@@ -17,6 +17,7 @@ from fastformer.core.trees import SCANNED
 # tied. Whatever has another name (norms' scales, biases, gates, decays, learned positions) is not,
 # even if it has two dimensions.
 DECAYED = ("weight", "embedding")
+FORM = "(pattern, rate, decay or None)"
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,13 @@ def read(rules: Any) -> tuple[Group, ...]:
     found = []
     for index, rule in enumerate(rules):
         if not (isinstance(rule, (tuple, list)) and len(rule) == 3 and isinstance(rule[0], str)):
-            raise FieldError(f"groups[{index}]", f"{rule!r} is not (pattern, rate, decay or None)")
+            raise FieldError(f"groups[{index}]", f"{rule!r} is not {FORM}")
         try:
             found.append(Group(*rule))
-        except (FieldError, TypeError) as error:
+        except FieldError as error:
             raise FieldError(f"groups[{index}]", str(error)) from error
+        except TypeError as error:
+            raise FieldError(f"groups[{index}]", f"{rule!r} is not {FORM}") from error
     return tuple(found)
 
 

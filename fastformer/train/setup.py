@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from fastformer import compress, models, tasks
 from fastformer.core import config as configuration
 from fastformer.core.config import CONFIG, section
-from fastformer.core.errors import UserError, nearest, require
+from fastformer.core.errors import UserError, require
 from fastformer.core.mesh import MeshConfig, check_divisible, make_mesh, rules
 from fastformer.data import DataConfig
 from fastformer.data.atomic import atomic
@@ -26,10 +26,6 @@ from fastformer.data.pipeline import RECORD
 from fastformer.data.tokenisers import FILE as TOKENISER
 
 LOCK = ".lock"
-SECTIONS = (
-    "name", "seed", "task", "data", "model", "train", "optimiser", "compress", "evaluate", "checkpoint",
-    "log", "mesh", "sharding", "generate", "benchmark",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -58,6 +54,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for field in ("steps", "batch", "accumulate", "bad_steps"):
             require(getattr(self, field) >= 1, field, getattr(self, field), "1 or more")
+        # A batch of a million rows is a slip of the hand, which would end as a lack of memory.
+        require(self.batch <= 2**20, "batch", self.batch, f"at most {2**20:,}")
         for field in ("spike", "rollbacks"):
             require(getattr(self, field) >= 0, field, getattr(self, field), "0 or more")
         allowed = f"a number of parts that divides config.train.batch, {self.batch}"
@@ -96,12 +94,8 @@ def build_run(config: ConfigDict, workdir: Path | str, devices: list[jax.Device]
     Raises:
       UserError: a value cannot be, sizes do not split over the devices, or the text is not there.
     """
-    for key in config:
-        if key not in SECTIONS:
-            raise UserError(
-                f"config.{key}: no such key{nearest(key, SECTIONS)} (keys: {', '.join(SECTIONS)})"
-            )
-    require(config.seed >= 0, "config.seed", config.seed, "0 or more")
+    configuration.check_sections(config)
+    require(0 <= config.seed < 2**63, "config.seed", config.seed, "from 0 to 2**63 - 1")
     section(TrainConfig, config, "train")
     data_config = section(DataConfig, config, "data")
     mesh = make_mesh(section(MeshConfig, config, "mesh"), devices)
