@@ -292,7 +292,7 @@ def test_smoke_writes_elsewhere_and_checks_no_claim(place, capsys):
     before = sorted(place.glob("experiments/**/*.*"))
     assert run(smoke=True) == 0
     assert (place / "ran.txt").read_text() == "runs/smoke/rates/low-0 3\nruns/smoke/rates/high-0 3\n"
-    assert "smoke: claims are not checked" in capsys.readouterr().out
+    assert "claims, which are not checked" in capsys.readouterr().out
     assert [path for path in sorted(place.glob("experiments/**/*.*")) if "pycache" not in str(path)] == before
     for name in ("README.md", "results.jsonl", "results.png"):
         assert (place / "runs/smoke/rates" / name).is_file()

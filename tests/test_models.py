@@ -136,7 +136,10 @@ def test_dropout_drops_only_in_training():
         ),
         ({"attention": {"name": "linear"}, "positions": "alibi"}, "linear has no scores"),
         ({"pattern": ("local", "lokal")}, "config.model.pattern[1]: 'lokal' is unknown; did you mean local?"),
-        ({"pattern": ("local",)}, "'softmax' is in no layer of config.model.pattern"),
+        (
+            {"pattern": ("local",), "attention": {"name": "gla"}},
+            "'gla' is in no layer of config.model.pattern",
+        ),
         ({"positions": "roped"}, "config.model.positions: 'roped' is unknown; did you mean rope?"),
         ({"layers": -1}, "config.model.layers: -1 is not allowed; it must be 1 or more"),
         ({"dtype": "float64"}, "config.model.dtype: 'float64' is unknown"),

@@ -97,6 +97,8 @@ VARIANTS: dict[str, type[Mixer]] = {
     "hyena": Hyena,
 }
 
+DEFAULT = next(iter(VARIANTS))  # what a configuration begins with
+
 _SHARED = {field.name for field in dataclasses.fields(Mixer)}
 
 
@@ -122,10 +124,9 @@ def check(names: tuple[str, ...], options: Mapping[str, Any]) -> None:
     for key, value in options.items():
         if key not in known:
             of = " and ".join(dict.fromkeys(names))
-            raise FieldError(
-                key,
-                f"no such key{nearest(key, [*known, 'name'])} (keys of {of}: {', '.join(['name', *known])})",
-            )
+            others = [name for name in VARIANTS if key in own_fields(name)]
+            hint = f"; {', '.join(others)} have it" if others else nearest(key, [*known, "name"])
+            raise FieldError(key, f"no such key{hint} (keys of {of}: {', '.join(['name', *known])})")
         kind = type(known[key])
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             if not (kind is float and type(value) is int):

@@ -10,7 +10,7 @@ from typing import Any
 
 from flax.core import FrozenDict
 
-from fastformer.attention import VARIANTS, check, make
+from fastformer.attention import DEFAULT, VARIANTS, check, make
 from fastformer.attention.implementations import IMPLEMENTATIONS
 from fastformer.attention.positions import KINDS
 from fastformer.core.dtypes import COMPUTE
@@ -91,7 +91,8 @@ class ModelConfig:
             check((*self.variants, *self.encoder_pattern), options)
         except FieldError as error:
             raise FieldError(f"attention.{error.field}", error.message) from error
-        if self.attention["name"] not in self.variants:
+        # The name that every configuration begins with gives way to a pattern.
+        if self.attention["name"] not in (*self.variants, DEFAULT):
             raise FieldError(
                 "attention.name",
                 f"{self.attention['name']!r} is in no layer of config.model.pattern {self.pattern}; "

@@ -20,11 +20,11 @@ MEASURES = {
     "parameters": ("parameters", tables.number),
     "bytes_on_disk": ("weights on disk", tables.nbytes),
     "train_tokens_per_second": ("training, tokens/s", lambda value: tables.number(value, 3)),
-    "decode_tokens_per_second": ("decoding, tokens/s", lambda value: tables.number(value, 3)),
-    "state_bytes": ("state of one sequence", tables.nbytes),
+    "decode_tokens_per_second": ("decoding one sequence, tokens/s", lambda value: tables.number(value, 3)),
+    "state_bytes": ("state of one sequence as long as a row", tables.nbytes),
     "flops_per_token": ("training FLOPs a token", tables.count),
-    "peak_memory_bytes": ("peak memory", tables.nbytes),
-    "wall_seconds": ("wall time", tables.seconds),
+    "peak_memory_bytes": ("peak memory of a device in training", tables.nbytes),
+    "wall_seconds": ("training and its evaluations", tables.seconds),
 }
 
 
@@ -45,7 +45,7 @@ def write_report(workdir: Path) -> Path:
     train, heldout = _curve(metrics, "train"), _curve(metrics, "heldout")
     plots.loss_curve(workdir / PICTURE, train, heldout, config.name)
     parts = [
-        f"# {config.name}",
+        f"# {config.name}" + (f" ({workdir.name})" if workdir.name != config.name else ""),
         _headline(config, result, train),
         _results(result),
         f"![loss over steps: training and held-out]({PICTURE})",
@@ -87,10 +87,10 @@ def _headline(config: Any, result: Mapping[str, Any], train: plots.Curve) -> str
         reached = f"step {train.steps[-1]:,} of {steps:,}" if train.steps else "no step yet"
         return f"**Not finished**: {reached}. The command that started it goes on from its last checkpoint."
     model, rows = config.model, config.train.batch
-    mixers = ", ".join(dict.fromkeys(config.model.pattern or (config.model.attention.name,)))
+    mixers = ", ".join(config.model.pattern or (config.model.attention.name,))
     return (
         f"A {model.name} of {tables.count(result.get('parameters'))} weights ({model.layers} layers of width "
-        f"{model.width}, {mixers} attention) on `{config.data.source}`, trained for "
+        f"{model.width}, attention {mixers}) on `{config.data.source}`, trained for "
         f"{result.get('step', steps):,} steps of {rows} rows of {config.data.length} tokens."
     )
 

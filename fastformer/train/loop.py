@@ -229,4 +229,4 @@ def _finish(s: Session) -> None:
         quality = found.quality | decoded(s.run, weights)
     times = vars(s.times)
     written = result.write_result(s.run, s.state, weights, s.program, quality, times, s.rollbacks)
-    s.line.say(f"done in {clock(s.times.run)}; {written}")
+    s.line.say(f"trained and evaluated in {clock(s.times.run)}; {written}")
