@@ -34,7 +34,7 @@ class DataConfig:
         lookup(SOURCES, key, "source")
         require(bool(argument) == key.endswith(":"), "source", self.source, SOURCES[key].form)
         lookup(TOKENISERS, self.tokeniser, "tokeniser")
-        good = self.tokeniser != "bpe" or 257 <= self.vocabulary <= 2**24
+        good = 257 <= self.vocabulary <= 2**24
         require(good, "vocabulary", self.vocabulary, "from 257 (256 bytes and end of document) to 2^24")
         require(self.length >= 1, "length", self.length, "a number of tokens, at least 1")
 

@@ -20,10 +20,12 @@ from fastformer.data.corpus import LAYOUT
 from fastformer.data.splits import digest, unique
 
 # Tests, programs rather than libraries, prose in the guise of code, and what others installed.
-EXCLUDED = frozenset({
-    *("test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo"),
-    *("pydoc_data", "site-packages", "dist-packages", "__pycache__"),
-})
+EXCLUDED = frozenset(
+    {
+        *("test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo"),
+        *("pydoc_data", "site-packages", "dist-packages", "__pycache__"),
+    }
+)
 VERSION = ".".join(map(str, sys.version_info[:3]))
 TITLE = f"{platform.python_implementation()} {VERSION}"
 

@@ -24,14 +24,16 @@ PIECE_CHARACTERS = 2**20  # longer documents are tokenised in pieces that end at
 # punctuation ("):\n        "); a word with the one character before it (".append", "(self", " in"); a
 # digit; a run of spaces. On python_code at 4096 tokens this gives 3.62 held-out bytes a token, GPT-2's
 # pattern 3.41. Whole lines as pieces give 4.02, but then a prompt rarely ends where a token does.
-PATTERN = "|".join((
-    r"\r?\n[ \t\r\n]*",
-    r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}_]+",
-    r"\p{N}",
-    r" ?[^\s\p{L}\p{N}]+ ?(?:\r?\n[ \t\r\n]*)?",
-    r"[ \t]+(?=[^\s])",
-    r"\s+",
-))
+PATTERN = "|".join(
+    (
+        r"\r?\n[ \t\r\n]*",
+        r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}_]+",
+        r"\p{N}",
+        r" ?[^\s\p{L}\p{N}]+ ?(?:\r?\n[ \t\r\n]*)?",
+        r"[ \t]+(?=[^\s])",
+        r"\s+",
+    )
+)
 
 
 class Tokeniser(abc.ABC):
@@ -116,10 +118,12 @@ class BPETokeniser(Tokeniser):
     def train(cls, documents: Iterable[str], vocabulary: int) -> BPETokeniser:
         """Return a tokeniser of at most ``vocabulary`` tokens; a small text has fewer."""
         model = tokenizers.Tokenizer(models.BPE())
-        model.pre_tokenizer = pre_tokenizers.Sequence([
-            pre_tokenizers.Split(Regex(PATTERN), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ])
+        model.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(PATTERN), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
         # The end of document is none of the model's tokens, so that no text can spell it.
         trainer = trainers.BpeTrainer(
             vocab_size=vocabulary - 1,

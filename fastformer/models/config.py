@@ -61,6 +61,14 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for field in ("layers", "width", "heads"):
             require(getattr(self, field) >= 1, field, getattr(self, field), "1 or more")
+        # More is a slip of the hand, which would end as a lack of time or memory.
+        for field, most in (
+            ("layers", 10_000),
+            ("encoder_layers", 10_000),
+            ("width", 2**20),
+            ("ff_width", 2**22),
+        ):
+            require(getattr(self, field) <= most, field, getattr(self, field), f"at most {most:,}")
         for field in ("kv_heads", "head_width", "ff_width", "soft_cap", "encoder_layers", "loss_chunk"):
             require(getattr(self, field) >= 0, field, getattr(self, field), "0 or more")
         for field, kinds in (("norm", NORMS), ("mlp", MLPS), ("positions", KINDS), ("dtype", tuple(COMPUTE))):

@@ -59,7 +59,6 @@ def train(config: ConfigDict, workdir: Path | str, devices: list[jax.Device] | N
                 return
             setup.forget_text(workdir)
             run = setup.build_run(config, workdir, devices)
-            setup.keep_config(config, workdir)
             with use(run.mesh, run.rules):
                 _train(run, run.compression.optimiser(tx, run.model), schedule, stop)
         except Stopped:
@@ -95,6 +94,8 @@ def _train(run: Run, tx: Any, schedule: Any, stop: Stop) -> None:
                 times=Times(**restored.progress["times"]) if restored else Times(),
                 rollbacks=restored.progress["rollbacks"] if restored else [],
             )
+            # From here on nothing is left that a mistake in the configuration could stop.
+            setup.keep_config(run.config, run.workdir)
             session.times.run += sum(program.seconds for program in session.programs.values())
             session.marked = step, session.times.stepping
             if _reach_the_end(session, abstract):
