@@ -15,6 +15,10 @@ from fastformer.core.errors import UserError, nearest
 
 ROOT = Path(__file__).resolve().parent
 MODES = ("train", "prepare", "evaluate", "generate", "benchmark")
+TOO_LARGE = (
+    "out of memory; lower config.train.batch or config.data.length, or raise config.train.accumulate; "
+    "config.model.remat=full keeps less"
+)
 ASKED = ("prompt", "source")  # flags of --mode=generate
 
 
@@ -128,6 +132,12 @@ def main() -> int:
     except KeyboardInterrupt:
         print("stopped; the same command starts again", file=sys.stderr)
         return 0
+    except (MemoryError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in reason:
+            raise
+        print(f"launch.py: {TOO_LARGE} ({reason or 'MemoryError'})", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

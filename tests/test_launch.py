@@ -135,6 +135,24 @@ def test_a_mistake_in_a_file_of_the_user_gets_one_line(text, message, tmp_path, 
     assert code == 2 and message.format(path=path) in err and err.count("\n") == 1
 
 
+def test_a_lack_of_memory_is_told_and_another_failure_is_not_hidden(capsys, monkeypatch):
+    def failing(error):
+        def run(argv):
+            raise error
+
+        return run
+
+    monkeypatch.setattr(launch.signal, "signal", lambda *_: None)
+    for error in (MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nallocating 9 bytes")):
+        monkeypatch.setattr(launch, "run", failing(error))
+        assert launch.main() == 2
+        err = capsys.readouterr().err
+        assert "out of memory; lower config.train.batch" in err and err.count("\n") == 1
+    monkeypatch.setattr(launch, "run", failing(RuntimeError("INTERNAL")))
+    with pytest.raises(RuntimeError, match="INTERNAL"):
+        launch.main()
+
+
 def test_a_file_that_is_no_config(tmp_path, capsys, monkeypatch):
     (tmp_path / "notes.txt").write_text("hello")
     (tmp_path / "two.py").write_text("def get_config(a, b):\n    pass\n")

@@ -31,8 +31,8 @@ class GenerateConfig:
     length_penalty: float = 0.6
 
     def __post_init__(self) -> None:
-        for field in ("tokens", "beams"):
-            require(getattr(self, field) >= 1, field, getattr(self, field), "1 or more")
+        for field, most in (("tokens", 2**20), ("beams", 2**10)):
+            require(1 <= getattr(self, field) <= most, field, getattr(self, field), f"from 1 to {most:,}")
         require(self.length_penalty >= 0, "length_penalty", self.length_penalty, "0 or more")
         require(self.beams == 1 or self.temperature == 0, "beams", self.beams, "1 where temperature is not 0")
         for field in ("temperature", "top_k", "seed"):
