@@ -13,8 +13,9 @@ from pathlib import Path
 from fastformer.core import config as configuration
 from fastformer.core.errors import UserError, nearest
 
+FROM_CONFIG = ("train", "benchmark", "compile")  # the others take a run's own
 ROOT = Path(__file__).resolve().parent
-MODES = ("train", "evaluate", "generate", "benchmark")
+MODES = ("train", "evaluate", "generate", "benchmark", "compile")
 
 
 class Parser(argparse.ArgumentParser):
@@ -37,6 +38,7 @@ def parser() -> Parser:
     )
     p.add_argument("--mode", choices=MODES, help="what to do (default: train)")
     p.add_argument("--workdir", help="where the run lives (default: runs/<config name>)")
+    p.add_argument("--topology", metavar="CHIP:AxB", help="of TPUs to compile for, as v5e:16x16")
     p.add_argument("--prompt", action="append", help="text to continue; may be given several times")
     p.add_argument(
         "--experiment", metavar="FOLDER", help="run all arms of an experiment that have no result yet"
@@ -70,6 +72,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]
         raise UserError("--smoke: goes with --experiment=FOLDER")
     if flags.prompt and flags.mode != "generate":
         raise UserError("--prompt: goes with --mode=generate")
+    if (flags.mode == "compile") != bool(flags.topology):
+        raise UserError("--topology: goes with --mode=compile, as in --mode=compile --topology=v5e:16x16")
     if flags.experiment and (flags.config or flags.mode or flags.workdir or overrides):
         raise UserError("--experiment: takes its configuration from its folder; only --smoke goes with it")
     return flags, overrides
@@ -85,11 +89,16 @@ def run(argv: Sequence[str]) -> int:
     mode, config = flags.mode or "train", None
     if flags.config:
         config = configuration.load(flags.config, overrides)
-    elif mode in ("train", "benchmark") or not flags.workdir:
-        also = "" if mode in ("train", "benchmark") else ", or --workdir=DIR of a run"
+    elif mode in FROM_CONFIG or not flags.workdir:
+        also = "" if mode in FROM_CONFIG else ", or --workdir=DIR of a run"
         raise UserError(f"--mode={mode}: needs --config=FILE, as in --config=configs/quickstart.py{also}")
     workdir = Path(flags.workdir or f"runs/{config.name}")
     # What follows imports JAX, which takes seconds: a mistake in a flag or key is answered before.
+    if mode == "compile":
+        from fastformer.train.ahead import run_compile
+
+        run_compile(config, flags.topology)
+        return 0
     from fastformer.train import modes
 
     if mode in ("evaluate", "generate"):

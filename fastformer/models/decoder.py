@@ -76,8 +76,14 @@ class Decoder(nn.Module):
                 return lambda x_BTD: head(x_BTD).astype(jnp.float32)
             weight, spec = head.variables["params"]["weight"], head.spec
 
+        weight = weight.astype(dtype)
+        if scanned:
+            # Gathered before the scan, whose every turn would gather it again.
+            axes = ("V", None) if c.tied else (None, "V")
+            weight = nn.with_logical_constraint(weight, axes)
+
         def logits(x_BTD: jax.Array) -> jax.Array:
-            logits_BTV = jnp.einsum(spec, x_BTD, weight.astype(dtype))
+            logits_BTV = jnp.einsum(spec, x_BTD, weight)
             return constrain(logits_BTV, "BTV").astype(jnp.float32)
 
         return logits

@@ -109,12 +109,16 @@ def build_run(config: ConfigDict, workdir: Path | str, devices: list[jax.Device]
     workdir = Path(workdir)
     data = open_data(data_config, workdir)
     model = models.build(config, data.tokeniser.size, data_config.length)
-    _check_sizes(config, data.tokeniser.size, mesh, axis_rules)
+    check_sizes(config, data.tokeniser.size, mesh, axis_rules)
     return Run(config, workdir, mesh, axis_rules, data, model, task)
 
 
-def _check_sizes(config: ConfigDict, vocabulary: int, mesh: Mesh, axis_rules: Any) -> None:
-    """Check that batches and weights split evenly over the mesh."""
+def check_sizes(config: ConfigDict, vocabulary: int, mesh: Mesh, axis_rules: Any) -> None:
+    """Check that batches and weights split evenly over the mesh.
+
+    Raises:
+      UserError: they do not.
+    """
     model = section(models.ModelConfig, config, "model")
     bpe = config.data.tokeniser == "bpe"
     batch = "train.batch" if config.train.accumulate == 1 else "train.batch / config.train.accumulate"
