@@ -99,6 +99,10 @@ def run(argv: Sequence[str]) -> int:
 
         run_compile(config, flags.topology)
         return 0
+    if config is not None:
+        from fastformer.core import distributed
+
+        distributed.join(config)
     from fastformer.train import modes
 
     if mode in ("evaluate", "generate"):

@@ -64,9 +64,7 @@ MODES: dict[str, Callable[[ConfigDict, Path, Sequence[str]], None]] = {
 }
 
 
-def of_run(
-    workdir: Path, given: ConfigDict | None, overrides: Sequence[tuple[str, str]]
-) -> ConfigDict:
+def of_run(workdir: Path, given: ConfigDict | None, overrides: Sequence[tuple[str, str]]) -> ConfigDict:
     """Return the configuration of the run in ``workdir``, with overrides of how it is evaluated or sampled.
 
     Args:
@@ -80,7 +78,7 @@ def of_run(
         given = setup.read_config(workdir)
         for key, text in overrides:
             configuration.set_key(given, key, text)
-    free = ("evaluate.", "generate.", "mesh.", "sharding.", "data.directory")
+    free = ("evaluate.", "generate.", "mesh.", "sharding.", "distributed.", "data.directory")
     for key, old, new in configuration.differences(kept, given):
         if not key.startswith(free):
             raise UserError(

@@ -28,7 +28,7 @@ from fastformer.data.tokenisers import FILE as TOKENISER
 CONFIG, LOCK = "config.json", ".lock"
 SECTIONS = (
     "name", "seed", "task", "data", "model", "train", "optimiser", "evaluate", "checkpoint", "log", "mesh",
-    "sharding", "generate", "benchmark",
+    "distributed", "sharding", "generate", "benchmark",
 )  # fmt: skip
 
 
