@@ -13,13 +13,14 @@ from pathlib import Path
 from fastformer.core import config as configuration
 from fastformer.core.errors import UserError, nearest
 
+FROM_CONFIG = ("train", "prepare", "benchmark", "compile")  # the others take a run's own
 ROOT = Path(__file__).resolve().parent
-MODES = ("train", "prepare", "evaluate", "generate", "benchmark")
+MODES = ("train", "prepare", "evaluate", "generate", "benchmark", "compile")
 TOO_LARGE = (
     "out of memory; lower config.train.batch or config.data.length, or raise config.train.accumulate; "
     "config.model.remat=full keeps less"
 )
-ASKED = ("prompt", "source")  # flags of --mode=generate
+ASKED = {"prompt": "generate", "source": "generate", "topology": "compile"}  # flags, and their mode
 
 
 class Parser(argparse.ArgumentParser):
@@ -42,6 +43,7 @@ def parser() -> Parser:
     )
     p.add_argument("--mode", choices=MODES, help="what to do (default: train)")
     p.add_argument("--workdir", help="where the run lives (default: runs/<config name>)")
+    p.add_argument("--topology", action="append", help="TPUs to compile for, as v5e:16x16")
     p.add_argument("--prompt", action="append", help="text to continue; may be given several times")
     p.add_argument("--source", action="append", help="text to translate, or @FILE of lines")
     p.add_argument(
@@ -74,9 +76,9 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]
         raise UserError(f"{name}: no such flag{nearest(name, p._option_string_actions)} (--help lists them)")
     if flags.smoke and not flags.experiment:
         raise UserError("--smoke: goes with --experiment=FOLDER")
-    for name in ASKED:
-        if getattr(flags, name) and flags.mode != "generate":
-            raise UserError(f"--{name}: goes with --mode=generate")
+    for name, mode in ASKED.items():
+        if getattr(flags, name) and flags.mode != mode:
+            raise UserError(f"--{name}: goes with --mode={mode}")
     if flags.experiment and (flags.config or flags.mode or flags.workdir or overrides):
         raise UserError("--experiment: takes its configuration from its folder; only --smoke goes with it")
     return flags, overrides
@@ -107,16 +109,19 @@ def run(argv: Sequence[str]) -> int:
     mode, config = flags.mode or "train", None
     if flags.config:
         config = configuration.load(flags.config, overrides)
-    elif mode in ("train", "prepare", "benchmark") or not flags.workdir:
-        also = "" if mode in ("train", "prepare", "benchmark") else ", or --workdir=DIR of a run"
+    elif mode in FROM_CONFIG or not flags.workdir:
+        also = "" if mode in FROM_CONFIG else ", or --workdir=DIR of a run"
         raise UserError(f"--mode={mode}: needs --config=FILE, as in --config=configs/quickstart.py{also}")
     workdir = Path(flags.workdir or f"runs/{config.name}")
     # What follows imports JAX, which takes seconds: a mistake in a flag or key is answered before.
+    from fastformer.core import distributed
     from fastformer.train import modes
 
+    if config is not None:
+        distributed.join(config)
     if mode in ("evaluate", "generate"):
         config = modes.of_run(workdir, config, () if flags.config else overrides)
-    asked = {"prompt": flags.prompt or [], "source": lines_of(flags.source or [])}
+    asked = {name: getattr(flags, name) for name in ASKED} | {"source": lines_of(flags.source or [])}
     modes.MODES[mode](config, workdir, {name: texts for name, texts in asked.items() if texts})
     return 0
 

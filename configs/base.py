@@ -125,6 +125,11 @@ def get_config() -> ConfigDict:
     c.mesh.fsdp = 1  # shards of the weights, gathered when used; rows are split over it too
     c.mesh.tensor = 1  # shards of heads, feed-forward neurons and vocabulary
 
+    c.distributed = ConfigDict()  # many processes, one configuration: these alone differ between them
+    c.distributed.coordinator = ""  # host:port of process 0; auto asks TPU pods, Slurm, MPI; "" is alone
+    c.distributed.processes = 1
+    c.distributed.index = 0  # of this process
+
     c.sharding = ConfigDict()  # which mesh axes each letter of the alphabet is split over
     c.sharding.B = ("data", "fsdp")
     c.sharding.D = ("fsdp",)

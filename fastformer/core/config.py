@@ -24,7 +24,7 @@ CONFIG = "config.json"  # the file in a workdir that holds the configuration of 
 
 SECTIONS = (
     "name", "seed", "task", "data", "model", "train", "optimiser", "compress", "evaluate", "checkpoint",
-    "log", "mesh", "sharding", "generate", "benchmark",
+    "log", "mesh", "distributed", "sharding", "generate", "benchmark",
 )  # fmt: skip
 
 # Sections whose keys depend on a name chosen in them: a key that is not there yet may be added,

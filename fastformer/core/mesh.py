@@ -11,6 +11,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from fastformer.core.alphabet import LETTERS
@@ -37,6 +38,9 @@ class MeshConfig:
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
     """Return the mesh with axes data, fsdp and tensor over ``devices`` (default: all).
 
+    Over several slices of TPUs, copies along data lie in different slices: only their gradients go
+    over the data centre's network.
+
     Raises:
       UserError: the axes do not multiply to a number of devices that is there.
     """
@@ -49,7 +53,21 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
         asked = " x ".join(f"{name} {size}" for name, size in sizes.items())
         raise UserError(f"config.mesh: {asked} is not the {len(devices)} devices that are here")
     # Explicit axes, the default of make_mesh, are not supported by linen's logical axes.
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), (AxisType.Auto,) * 3, devices=devices)
+    axis_types, slices = (AxisType.Auto,) * len(sizes), _slices(devices)
+    if slices == 1:
+        return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types, devices=devices)
+    if sizes["data"] % slices:
+        raise UserError(
+            f"config.mesh.data: {sizes['data']} is no multiple of the {slices} slices that are here; between "
+            "slices only copies of the model are kept alike, for the network there is slow"
+        )
+    near, far = (sizes["data"] // slices, *list(sizes.values())[1:]), (slices, *(1,) * (len(sizes) - 1))
+    return Mesh(mesh_utils.create_hybrid_device_mesh(near, far, devices), tuple(sizes), axis_types)
+
+
+def _slices(devices: list[jax.Device]) -> int:
+    """Return the number of TPU slices that the devices lie in; 1 where there are none."""
+    return len({getattr(device, "slice_index", None) for device in devices})
 
 
 def rules(sharding: Mapping[str, tuple[str, ...]]) -> tuple[tuple[str, tuple[str, ...]], ...]:

@@ -54,9 +54,7 @@ def embed(
     return nn.Dropout(config.dropout)(constrain(x_BTD, "BTD"), deterministic=deterministic)
 
 
-def logits_of(
-    config: ModelConfig, tables: Tables, scanned: bool = False
-) -> Callable[[jax.Array], jax.Array]:
+def logits_of(config: ModelConfig, tables: Tables, scanned: bool = False) -> Callable[[jax.Array], jax.Array]:
     """Return ``x_BTD -> logits_BTV`` float32, by the embedding or a matrix of their own.
 
     Args:
@@ -69,9 +67,13 @@ def logits_of(
         if not scanned:
             return lambda x_BTD: head(x_BTD).astype(jnp.float32)
         weight, spec = head.variables["params"]["weight"], head.spec
+    weight = weight.astype(dtype)
+    if scanned:
+        # Gathered before the scan, whose every turn would gather it again.
+        weight = nn.with_logical_constraint(weight, ("V", None) if config.tied else (None, "V"))
 
     def logits(x_BTD: jax.Array) -> jax.Array:
-        logits_BTV = jnp.einsum(spec, x_BTD, weight.astype(dtype))
+        logits_BTV = jnp.einsum(spec, x_BTD, weight)
         return constrain(logits_BTV, "BTV").astype(jnp.float32)
 
     return logits

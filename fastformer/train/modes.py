@@ -18,7 +18,7 @@ from fastformer.data.atomic import make_directory
 from fastformer.data.sources import SOURCES, split_source
 from fastformer.decode import GenerateConfig
 from fastformer.report.benchmark import run_benchmark
-from fastformer.train import deployed, loop, setup
+from fastformer.train import ahead, deployed, loop, setup
 from fastformer.train.evaluate import completer
 from fastformer.train.evaluate import evaluate as measure
 
@@ -71,11 +71,20 @@ def prepare(config: ConfigDict, workdir: Path, asked: Asked) -> None:
     print(task.open(options, None, config).description)
 
 
+def compile_ahead(config: ConfigDict, workdir: Path, asked: Asked) -> None:
+    """Print what the train step needs on a TPU topology, as a table and as JSON."""
+    if len(asked.get("topology", ())) != 1:
+        raise UserError("--mode=compile: needs one --topology, as --topology=v5e:16x16")
+    found = ahead.compile_for(config, asked["topology"][0])
+    print(f"{ahead.describe(found)}\n\n{json.dumps(found)}")
+
+
 MODES: dict[str, Callable[[ConfigDict, Path, Asked], None]] = {
     "train": train,
     "prepare": prepare,
     "evaluate": evaluate,
     "generate": generate,
+    "compile": compile_ahead,
     "benchmark": benchmark,
 }
 
@@ -94,7 +103,7 @@ def of_run(workdir: Path, given: ConfigDict | None, overrides: Sequence[tuple[st
         given = setup.read_config(workdir)
         for key, text in overrides:
             configuration.set_key(given, key, text)
-    free = ("evaluate.", "generate.", "mesh.", "sharding.", "data.directory")
+    free = ("evaluate.", "generate.", "mesh.", "sharding.", "distributed.", "data.directory")
     for key, old, new in configuration.differences(kept, given):
         if not key.startswith(free):
             raise UserError(

@@ -106,12 +106,16 @@ def build_run(config: ConfigDict, workdir: Path | str, devices: list[jax.Device]
     data = task.open(data_config, workdir, config)
     data.heldout_rows(config.evaluate.overlap)  # refuses an overlap that cannot be before anything is written
     model = models.build(config, data.vocabulary, data_config.length, task.head)
-    _check_sizes(config, data.vocabulary, mesh, axis_rules)
+    check_sizes(config, data.vocabulary, mesh, axis_rules)
     return Run(config, workdir, mesh, axis_rules, data, compression.model(model), task, compression)
 
 
-def _check_sizes(config: ConfigDict, vocabulary: int, mesh: Mesh, axis_rules: Any) -> None:
-    """Check that batches and weights split evenly over the mesh."""
+def check_sizes(config: ConfigDict, vocabulary: int, mesh: Mesh, axis_rules: Any) -> None:
+    """Check that batches and weights split evenly over the mesh.
+
+    Raises:
+      UserError: they do not.
+    """
     model = section(models.ModelConfig, config, "model")
     bpe = config.data.tokeniser == "bpe"
     batch = "train.batch" if config.train.accumulate == 1 else "train.batch / config.train.accumulate"
