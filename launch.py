@@ -15,7 +15,7 @@ from fastformer.core.errors import UserError, nearest
 
 ROOT = Path(__file__).resolve().parent
 MODES = ("train", "prepare", "evaluate", "generate", "benchmark")
-ASKED = ("prompt", "source")  # flags of --mode=generate
+ASKED = ("prompt", "source", "question", "context")  # flags of --mode=generate
 
 
 class Parser(argparse.ArgumentParser):
@@ -40,6 +40,8 @@ def parser() -> Parser:
     p.add_argument("--workdir", help="where the run lives (default: runs/<config name>)")
     p.add_argument("--prompt", action="append", help="text to continue; may be given several times")
     p.add_argument("--source", action="append", help="text to translate, or @FILE of lines")
+    p.add_argument("--question", action="append", help="to be answered from --context")
+    p.add_argument("--context", action="append", help="text that holds the answer")
     p.add_argument(
         "--experiment", metavar="FOLDER", help="run all arms of an experiment that have no result yet"
     )
@@ -112,7 +114,8 @@ def run(argv: Sequence[str]) -> int:
 
     if mode in ("evaluate", "generate"):
         config = modes.of_run(workdir, config, () if flags.config else overrides)
-    asked = {"prompt": flags.prompt or [], "source": lines_of(flags.source or [])}
+    asked = {name: getattr(flags, name) or [] for name in ASKED}
+    asked["source"] = lines_of(asked["source"])
     modes.MODES[mode](config, workdir, {name: texts for name, texts in asked.items() if texts})
     return 0
 

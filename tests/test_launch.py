@@ -123,7 +123,7 @@ def test_a_mistake_in_a_real_process_has_no_traceback():
 
 def test_the_flags_are_these():
     flags = {flag for flag in launch.parser()._option_string_actions if flag.startswith("--")}
-    asked = {"--prompt", "--source"}
+    asked = {"--prompt", "--source", "--question", "--context"}
     assert flags == asked | {"--help", "--config", "--mode", "--workdir", "--experiment", "--smoke"}
 
 

@@ -10,6 +10,7 @@ from fastformer.core.errors import FieldError
 from fastformer.data import stdlib
 from fastformer.data.corpus import Corpus
 from fastformer.data.digits import open_digits
+from fastformer.data.doc_questions import open_questions
 from fastformer.data.libreoffice import fetch, open_help
 from fastformer.data.parallel import open_catalogues
 from fastformer.data.prepared import open_prepared
@@ -64,6 +65,7 @@ SOURCES = {
         "gettext: and a glob of catalogues, as in gettext:locale/de/**/*.mo", {"pairs": open_catalogues}
     ),
     "synthetic": Source("synthetic", {"synthetic": _open_synthetic}),
+    "python_questions": Source("python_questions", {"questions": open_questions}),
     "digits": Source("digits", {"images": open_digits}),
 }
 

@@ -10,6 +10,7 @@ from fastformer.tasks.copy import Copy
 from fastformer.tasks.digits import Digits
 from fastformer.tasks.induction import Induction
 from fastformer.tasks.listops import ListOps
+from fastformer.tasks.qa import QA
 from fastformer.tasks.recall import Recall
 from fastformer.tasks.task import Task, check_fits
 from fastformer.tasks.text import Text
@@ -25,6 +26,7 @@ TASKS: dict[str, type[Task]] = {
     "listops": ListOps,
     "digits": Digits,
     "translate": Translate,
+    "qa": QA,
 }
 
 

@@ -30,7 +30,7 @@ class Text(NextToken):
     def samples(self, complete, data, prompt):
         return answers(complete, data.tokeniser, [prompt])
 
-    def respond(self, complete, tokeniser, asked):
+    def respond(self, complete, tokeniser, asked, model, params):
         prompts = asked["prompt"]
         return [prompt + text for prompt, text in zip(prompts, answers(complete, tokeniser, prompts))]
 
