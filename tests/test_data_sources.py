@@ -127,10 +127,10 @@ def test_files_split_by_file_and_duplicates_count_once(books, tmp_path):
 @pytest.mark.parametrize("count", [2, 3, 8])
 def test_files_have_one_on_each_side(count, tmp_path):
     names = [f"{number}.txt" for number in range(count)]
-    heldout = user_files._held_out(names)
+    heldout = user_files.hold_out(names)
     assert 1 <= len(heldout) < count
     held = [name for name in (f"x{number}" for number in range(500)) if split_of(name) == "heldout"]
-    assert len(user_files._held_out(held[:count])) == count - 1
+    assert len(user_files.hold_out(held[:count])) == count - 1
 
 
 def test_one_file_holds_its_end_out_at_a_line_break(tmp_path):

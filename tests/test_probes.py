@@ -43,7 +43,7 @@ def configured(folder, task, model="decoder", length=32, **settings):
 def opened(config):
     task = tasks.build(config)
     data = DataConfig(**config.data.to_dict())
-    return task, task.open(data, None, config.seed)
+    return task, task.open(data, None, config)
 
 
 def rows(data, split, count):

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import grain
+import numpy as np
 
 from fastformer.core.errors import UserError, require
 from fastformer.data import stream
@@ -97,6 +98,11 @@ class TextData:
         """Return the bytes of the targets that the first ``limit`` held-out rows (0: all) count."""
         scored = self._heldout_rows(overlap).scored(self._limit(limit, overlap))
         return int(self.tokeniser.byte_lengths[self._heldout[1 : 1 + scored]].sum())
+
+    def heldout_texts(self) -> list[str]:
+        """Return the held-out documents."""
+        starts = np.flatnonzero(self._heldout == self.tokeniser.eod)
+        return [self.tokeniser.decode(part[1:].tolist()) for part in np.split(self._heldout, starts[1:])]
 
     def yardsticks(self) -> dict[str, float]:
         """Return the bits per byte of gzip -9 and xz -9 on the held-out documents, one after another."""

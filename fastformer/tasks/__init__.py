@@ -6,6 +6,7 @@ from ml_collections import ConfigDict
 
 from fastformer.core.config import section
 from fastformer.core.errors import lookup
+from fastformer.tasks.code import Code
 from fastformer.tasks.copy import Copy
 from fastformer.tasks.digits import Digits
 from fastformer.tasks.induction import Induction
@@ -20,6 +21,7 @@ __all__ = ["TASKS", "Task", "build"]
 
 TASKS: dict[str, type[Task]] = {
     "text": Text,
+    "code": Code,
     "recall": Recall,
     "copy": Copy,
     "induction": Induction,
