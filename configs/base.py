@@ -44,8 +44,11 @@ def get_config() -> ConfigDict:
     c.model.output_gate = False  # multiply what the mixer returns by a sigmoid gate of its input
     c.model.tied = True  # embedding and output head share one matrix
     c.model.dropout = 0.0  # rate on each branch before it joins the residual stream
-    c.model.dtype = "float32"  # or bfloat16: of activations; weights, norms and states stay float32
+    c.model.dtype = "float32"  # or bfloat16, float16, fp8: of activations; weights, norms, states are float32
     c.model.implementation = "auto"  # or reference (the papers' equations), xla, pallas, cudnn: tried first
+    c.model.remat = ("none",)  # or full, dots (keep matrix products): what a block computes again; repeats
+    c.model.scan = False  # one compiled body for all repeats of the pattern: compiles as fast as one repeat
+    c.model.loss_chunk = 0  # tokens of a row whose logits exist at once in training; 0 is all of them
     c.model.pattern = ()  # mixers by layer, repeated: ("local", "local", "softmax"); () is attention.name
     c.model.bidirectional = False  # an encoder's tokens see those after them too
     c.model.encoder_layers = 0  # blocks of the encoder of an encoder_decoder
@@ -56,16 +59,51 @@ def get_config() -> ConfigDict:
     c.train = ConfigDict()
     c.train.steps = 1000  # optimiser steps of the whole run
     c.train.batch = 32  # B: rows a step, over all devices
+    c.train.accumulate = 1  # parts of the batch that go through the model one after another
+    c.train.precision = ()  # (("fp8", 3), ("bfloat16", 1)): policies and their shares; () is model.dtype
+    c.train.precision_cycles = 1  # times that a run goes through them
+    c.train.spike = 0.0  # a loss so many deviations above its average is skipped; 0 is off (NaN always is)
+    c.train.bad_steps = 5  # skipped in a row before a run goes back to its last good checkpoint, past the bad
+    c.train.rollbacks = 3  # times that it may go back
 
     c.optimiser = ConfigDict()
-    c.optimiser.name = "adamw"  # or muon: hidden matrices by Muon, the rest by AdamW
+    c.optimiser.name = "adamw"  # or muon (hidden matrices; the rest by AdamW), lion, adafactor
     c.optimiser.learning_rate = 3e-3  # at the top of the schedule
+    c.optimiser.schedule = "cosine"  # or linear, wsd (warm-up, stable, decay), constant: after the warm-up
     c.optimiser.warmup_steps = 100  # linear from 0
-    c.optimiser.final_fraction = 0.1  # cosine down to this fraction of the top
-    c.optimiser.b1 = 0.9  # decay of the first moment
-    c.optimiser.b2 = 0.95  # decay of the second moment
+    c.optimiser.decay_steps = 0  # last steps in which wsd comes down; 0 is a fifth of those after the warm-up
+    c.optimiser.final_fraction = 0.1  # down to this fraction of the top
+    c.optimiser.b1 = 0.9  # decay of the first moment (adafactor: 0 is without one, as published)
+    c.optimiser.b2 = 0.95  # decay of the second moment (adafactor: the most it rises to)
     c.optimiser.weight_decay = 0.1  # on matrices only: neither norms, biases nor gates
     c.optimiser.clip = 1.0  # global gradient norm; 0 is off
+    c.optimiser.groups = ()  # (("layer_0/", 0.1, None),): (path regex, times the rate, weight decay or None)
+    c.optimiser.average = 0.0  # decay of an average of the weights, which is then what is evaluated; 0 is off
+
+    c.compress = ConfigDict()
+    c.compress.methods = ()  # rows of fastformer.compress.METHODS, in the order in which they are applied
+    c.compress.quantise = ConfigDict()
+    c.compress.quantise.format = "int8"  # int8_weights, int4, fp8, float: of matrices that no rule names
+    c.compress.quantise.rules = ()  # ("embedding=int8", ".*/mlp/.*=int4"): paths=format; the first counts
+    c.compress.quantise.group = 0  # inputs that share a scale where inputs stay float; 0 is all of an output
+    c.compress.quantise.start = 0  # steps in float before the rounding; train.steps is rounding at the end
+    c.compress.prune = ConfigDict()
+    c.compress.prune.sparsity = 0.5  # fraction of the weights of the pruned matrices that end as zeros
+    c.compress.prune.pattern = ""  # "2:4" keeps 2 of every 4 inputs of an output, in place of sparsity
+    c.compress.prune.scope = "global"  # or matrix: weights compete over all matrices, or within each
+    c.compress.prune.matrices = ()  # regexes of paths; () is all but embedding, head, gates and decays
+    c.compress.prune.start = 0  # updates before the first zeros
+    c.compress.prune.end = 0  # updates when the last come, cubically fewer at a time; 0 is all at the start
+    c.compress.prune.every = 10  # updates between
+    c.compress.distil = ConfigDict()
+    c.compress.distil.teacher = ""  # workdir of a finished run with the same tokeniser
+    c.compress.distil.divergence = "forward"  # KL of the next token; or reverse, jensen_shannon
+    c.compress.distil.temperature = 1.0  # that logits of both are divided by
+    c.compress.distil.weight = 0.5  # of the divergence; the text itself has 1 - weight
+    c.compress.distil.hidden = 0.0  # weight of what a learned map of each layer misses of the teacher's
+    c.compress.distil.relations = 0.0  # weight of MiniLM's relations among queries, keys and values
+    c.compress.distil.relation_heads = 4  # that these are split into, of teacher and student alike
+    c.compress.distil.dtype = "float32"  # or bfloat16: of the teacher's matrices and activations
 
     c.evaluate = ConfigDict()
     c.evaluate.every = 500  # steps between evaluations on the held-out split; 0 is only at the end
@@ -104,7 +142,7 @@ def get_config() -> ConfigDict:
     c.generate.prompt = ""  # continued at the end of training, for result.json and report.md
 
     c.benchmark = ConfigDict()
-    c.benchmark.variants = ()  # rows of the table to compare; () is all
+    c.benchmark.variants = ()  # rows of the table beside softmax; () is all
     c.benchmark.lengths = (512, 1024, 2048)  # T
     c.benchmark.batch = 1  # B
     c.benchmark.repeats = 5  # timed runs of each, alternating; the median is shown

@@ -33,6 +33,5 @@ def get_config() -> ConfigDict:
     c.checkpoint.every = 100
     c.generate.tokens = 200
     c.generate.temperature = 0.7
-    c.generate.top_p = 0.95
     c.generate.prompt = "def __init__(self, name"
     return c

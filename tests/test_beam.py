@@ -14,6 +14,7 @@ import pytest
 
 from configs import base
 from fastformer import models
+from fastformer.compress.method import Wrapped
 from fastformer.core.errors import UserError
 from fastformer.core.seq import Seq, whole
 from fastformer.decode import GenerateConfig, complete
@@ -135,6 +136,14 @@ def test_many_prompts_are_completed_in_their_order(monkeypatch):
     monkeypatch.setattr(importlib.import_module("fastformer.decode.generate"), "ROWS", 3)
     assert complete(model, params, prompts, END, options(1), LENGTH) == together
     assert len(set(map(tuple, together))) > 1
+
+
+def test_a_wrapped_model_reads_its_sources_too():
+    """Compression stands before a model; prompts must not become targets by that."""
+    model, params = model_of("encoder_decoder")
+    plain = complete(model, params, PROMPTS, END, options(1), LENGTH)
+    assert complete(Wrapped(model), params, PROMPTS, END, options(1), LENGTH) == plain
+    assert len(set(map(tuple, plain))) > 1
 
 
 def test_a_target_sees_its_own_source_alone():

@@ -120,6 +120,39 @@ def test_a_mistake_gets_one_line_and_exit_code_2(argv, message, tmp_path, capsys
     assert not (tmp_path / "run" / "config.json").exists()
 
 
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('c.train.steps = "ten"', "get_config() of {path} fails: TypeError:"),
+        ("raise SystemExit(3)", "get_config() of {path} fails: SystemExit: 3"),
+        ("return None", "get_config() of {path} returns None, not a ConfigDict"),
+        ("return c.train", "config.accumulate: no such key"),
+        ("del c.train", "config.train: is missing; begin with base.get_config()"),
+        ("c.name = 5", "get_config() of {path} fails: TypeError:"),
+        ("c.model = 5", "get_config() of {path} fails: "),
+    ],
+)
+def test_a_mistake_in_a_file_of_the_user_gets_one_line(text, message, tmp_path, capsys, monkeypatch):
+    path = tmp_path / "mine.py"
+    body = f"    c = base.get_config()\n    {text}\n    return c\n"
+    path.write_text(f"from configs import base\n\ndef get_config():\n{body}")
+    code, _, err = run(capsys, monkeypatch, f"--config={path}", f"--workdir={tmp_path / 'run'}")
+    assert code == 2 and message.format(path=path) in err and err.count("\n") == 1
+
+
+def test_a_file_that_is_no_config(tmp_path, capsys, monkeypatch):
+    (tmp_path / "notes.txt").write_text("hello")
+    (tmp_path / "two.py").write_text("def get_config(a, b):\n    pass\n")
+    (tmp_path / "five.py").write_text("get_config = 5\n")
+    for name, message in (
+        ("notes.txt", "it must end in .py"),
+        ("two.py", "one argument"),
+        ("five.py", "has no"),
+    ):
+        code, _, err = run(capsys, monkeypatch, f"--config={tmp_path / name}")
+        assert code == 2 and message in err and err.count("\n") == 1
+
+
 def test_a_mistake_in_a_real_process_has_no_traceback():
     command = [sys.executable, "launch.py", BASE, "--config.model.attention.nmae=local"]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -11,26 +11,32 @@ import numpy as np
 import pytest
 
 from fastformer.attention import VARIANTS, Context, make
-from fastformer.core.seq import Seq, whole
+from fastformer.core.seq import Seq
 
 NAMES = tuple(VARIANTS)
 WIDTH, HEADS, GROUPS, HEAD = 24, 4, 2, 6
+SEES_OTHERS_ONLY = ("lsh",)
 TIME = 129  # where a test does not care, so that it shares what another has compiled
 CASES = [("causal", time) for time in (1, 7, 64, TIME)] + [("bidirectional", time) for time in (7, TIME)]
 
 
+def whole(batch, time, start=0):
+    position = np.broadcast_to(np.arange(start, start + time, dtype=np.int32), (batch, time))
+    return Seq(np.ones((batch, time), np.int32), position)
+
+
 def able(ability):
-    return [name for name in NAMES if getattr(VARIANTS[name], ability)]
+    return [name for name, variant in VARIANTS.items() if getattr(variant, ability)]
 
 
 def mixer(name, **shared):
-    fields = {"heads": HEADS, "kv_heads": GROUPS, "head_width": HEAD, "positions": "rope", "length": 8192}
-    return make(name, VARIANTS[name].small, fields | direction(name) | shared)
+    fields = {"heads": HEADS, "kv_heads": GROUPS, "head_width": HEAD, "length": 8192}
+    return make(name, VARIANTS[name].small, fields | usual(name) | shared)
 
 
-def direction(name):
-    """Return the mode in which a variant is tested where a test does not say: causal where it can be."""
-    return {} if VARIANTS[name].causal else {"bidirectional_mode": True}
+def usual(name):
+    """Return the fields that a variant is tested with where a test does not say; causal where it can be."""
+    return {"positions": "rope", "dtype": jnp.float32, "bidirectional_mode": not VARIANTS[name].causal}
 
 
 @functools.cache
@@ -44,7 +50,8 @@ def params(name, **shared):
 
 
 def inputs(batch, time, seed=0):
-    return jax.random.normal(jax.random.key(seed), (batch, time, WIDTH))
+    """Return normal numbers, in numpy: cutting a jax array compiles a program for every cut."""
+    return np.asarray(jax.random.normal(jax.random.key(seed), (batch, time, WIDTH)))
 
 
 def packed(time, seed=0):
@@ -61,7 +68,7 @@ def packed(time, seed=0):
                 segment[row, start:end] = number
                 position[row, start:end] = np.arange(end - start)
             start = end
-    return Seq(jnp.asarray(segment), jnp.asarray(position))
+    return Seq(segment, position)
 
 
 @functools.lru_cache(maxsize=16)
@@ -72,28 +79,29 @@ def compiled(name, **shared):
 
 
 def apply(name, x, seq, state=None, context=None, **shared):
-    return compiled(name, **shared)(params(name), x, seq, state, context)
+    return compiled(name, **usual(name) | shared)(params(name), x, seq, state, context)
 
 
 @functools.lru_cache(maxsize=8)
-def compiled_gradients(name, first=0, **shared):
+def compiled_gradients(name, **shared):
     layer = mixer(name, **shared)
 
-    def loss(variables, x, seq):
-        y = layer.apply(variables, x, seq)[0].astype(jnp.float32)
-        y = jnp.where((seq.position_BT >= first)[..., None], y, 0.0)
-        return jnp.sum(y * jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)), y
+    def pull(variables, x, seq, weight):
+        y, back = jax.vjp(lambda variables, x: layer.apply(variables, x, seq)[0], variables, x)
+        return y.astype(jnp.float32), back(weight.astype(y.dtype))
 
-    return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+    return jax.jit(pull)
 
 
-def value_and_gradients(name, x, seq, **shared):
+def value_and_gradients(name, x, seq, first=0, **shared):
     """Return the output, and the gradients to every parameter and to x, of a loss that weighs all outputs.
 
     Outputs at positions before ``first`` are left out.
     """
-    (_, y), gradients = compiled_gradients(name, **shared)(params(name), x, seq)
-    return y, gradients
+    counts = (seq.position_BT >= first)[..., None]
+    weight = np.where(counts, np.cos(np.arange(x.size, dtype=np.float32)).reshape(x.shape), 0.0)
+    y, gradients = compiled_gradients(name, **usual(name) | shared)(params(name), x, seq, weight)
+    return np.where(counts, y, 0.0), gradients
 
 
 def close(a, b, tolerance=5e-5):
@@ -120,10 +128,12 @@ def test_forward_is_reference(name, direction, time):
     fast = value_and_gradients(name, x, seq, **mode)
     slow = value_and_gradients(name, x, seq, implementation="reference", **mode)
     close(fast, slow)
-    assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(slow[1]) if g.size and time > 1)
+    # A token that sees one other at the most learns nothing of how to choose it.
+    long = 7 if name in SEES_OTHERS_ONLY else 1
+    assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(slow[1]) if g.size and time > long)
 
 
-@pytest.mark.parametrize("positions, soft_cap", [("alibi", 0.0), ("none", 5.0), ("alibi", 5.0)])
+@pytest.mark.parametrize("positions, soft_cap", [("alibi", 0.0), ("none", 5.0)])
 @pytest.mark.parametrize("name", able("scores"))
 def test_bent_scores_are_the_references(name, positions, soft_cap):
     bend = {"positions": positions, "soft_cap": soft_cap}
@@ -139,8 +149,7 @@ def test_cross_is_reference(name):
     x, seq = inputs(2, TIME), packed(TIME)
     context = Context(inputs(2, 70, seed=5), packed(70, seed=5))
     fast, slow = (
-        apply(name, x, seq, None, context, implementation=form)[0]
-        for form in ("auto", "reference")
+        apply(name, x, seq, None, context, implementation=form)[0] for form in ("auto", "reference")
     )
     close(fast, slow)
     assert np.abs(slow).max() > 0
@@ -165,36 +174,35 @@ def test_splits_fold_to_the_whole(name):
     state = mixer(name).init_state(2, 70)
     for seq in (whole(2, 70), packed(70)):
         want = apply(name, x, seq)[0]
-        for cuts in ((20, 40, 41), (1, 21, 50), (29, 30, 31, 32, 33, 53, 54, 55), tuple(range(1, 70))):
+        for cuts in ((20, 40, 41), (1, 21, 50), (29, 30, 50), tuple(range(1, 70))):
             close(fold(name, x, seq, cuts, state), want)
     close(fold(name, x, seq, (20,), None), want)
 
 
-@pytest.mark.parametrize("positions, soft_cap", [("alibi", 0.0), ("alibi", 5.0)])
 @pytest.mark.parametrize("name", [n for n in able("streaming") if n in able("scores")])
-def test_splits_fold_with_bent_scores(name, positions, soft_cap):
-    bend = {"positions": positions, "soft_cap": soft_cap}
-    x, seq = inputs(2, 40), whole(2, 40)
-    state = mixer(name).init_state(2, 40)
-    close(fold(name, x, seq, (13, 30, 31, 32), state, **bend), apply(name, x, seq, **bend)[0])
+def test_splits_fold_with_bent_scores(name):
+    bend = {"positions": "alibi", "soft_cap": 5.0}
+    x, seq = inputs(2, 30), whole(2, 30)
+    state = mixer(name).init_state(2, 30)
+    close(fold(name, x, seq, (14, 15, 16), state, **bend), apply(name, x, seq, **bend)[0])
 
 
 @pytest.mark.parametrize("name", able("streaming"))
 def test_rows_of_unequal_length_go_on_where_they_stopped(name):
     """Right-padded prompts: padding is not written, and each row goes on from its own end."""
-    x, lengths = inputs(2, 60), (33, 21)
-    state = mixer(name).init_state(2, 64)
-    real = jnp.arange(40)[None] < jnp.asarray(lengths)[:, None]
-    prompt = Seq(real.astype(jnp.int32), jnp.broadcast_to(jnp.arange(40), (2, 40)))
-    _, state = apply(name, x[:, :40], prompt, state)
-    position = jnp.asarray(lengths)
+    x, lengths = inputs(2, 70), (25, 13)
+    state = mixer(name).init_state(2, 70)
+    real = np.arange(29)[None] < np.asarray(lengths)[:, None]
+    prompt = Seq(real.astype(np.int32), np.broadcast_to(np.arange(29), (2, 29)))
+    _, state = apply(name, x[:, :29], prompt, state)
+    position = np.asarray(lengths)
     for _ in range(6):
-        token = jnp.take_along_axis(x, position[:, None, None], axis=1)
-        y, state = apply(name, token, Seq(jnp.ones((2, 1), jnp.int32), position[:, None]), state)
+        token = np.take_along_axis(x, position[:, None, None], axis=1)
+        y, state = apply(name, token, Seq(np.ones((2, 1), np.int32), position[:, None]), state)
         position = position + 1
     for row, length in enumerate(lengths):
-        real = (jnp.arange(60) < length + 6).astype(jnp.int32)
-        seq = Seq(jnp.broadcast_to(real, (2, 60)), whole(2, 60).position_BT)
+        real = (np.arange(70) < length + 6).astype(np.int32)
+        seq = Seq(np.broadcast_to(real, (2, 70)), whole(2, 70).position_BT)
         close(y[row, 0], apply(name, x, seq)[0][row, length + 5])
 
 
@@ -203,7 +211,7 @@ def test_states_are_static(name):
     """A state keeps shapes and dtypes, so that a compiled loop can carry it."""
     state = mixer(name).init_state(2, 32)
     for time in (1, 5):
-        _, after = apply(name, inputs(2, time), whole(2, time), state)
+        _, after = jax.eval_shape(mixer(name).apply, params(name), inputs(2, time), whole(2, time), state)
         shapes = [jax.tree.map(lambda a: (a.shape, a.dtype), s) for s in (state, after)]
         assert shapes[0] == shapes[1]
 
@@ -216,7 +224,7 @@ def test_states_are_static(name):
 def test_packed_rows_are_rows_alone(name, direction):
     mode = towards(name, direction)
     x, seq = inputs(2, TIME), packed(TIME)
-    together = apply(name, x, seq, **mode)[0]
+    together = value_and_gradients(name, x, seq, **mode)[0]
     assert int(seq.segment_BT.max()) > 2
     checked = 0
     for row in range(2):
@@ -226,8 +234,9 @@ def test_packed_rows_are_rows_alone(name, direction):
                 continue
             alone, size = np.zeros((2, TIME, WIDTH), np.float32), len(where)
             alone[:, :size] = x[row, where]
-            segment = jnp.broadcast_to(jnp.arange(TIME) < size, (2, TIME)).astype(jnp.int32)
-            want = apply(name, jnp.asarray(alone), Seq(segment, whole(2, TIME).position_BT), **mode)[0]
+            segment = np.broadcast_to(np.arange(TIME) < size, (2, TIME)).astype(np.int32)
+            piece = Seq(segment, whole(2, TIME).position_BT)
+            want = value_and_gradients(name, alone, piece, **mode)[0]
             close(together[row, where], want[0, :size])
             checked += 1
     assert checked > 3
@@ -236,25 +245,28 @@ def test_packed_rows_are_rows_alone(name, direction):
 # (d) causality, by gradient
 
 
-def reach_of(name, x, at, **shared):
-    seq, variables, layer = whole(*x.shape[:2]), params(name), mixer(name, **shared)
-    return jax.jit(jax.grad(lambda x: layer.apply(variables, x, seq)[0][0, at].sum()))(x)
+def reach_of(name, at, **shared):
+    """Return how far each token reaches what comes out at ``at``: the largest gradient to it, [T]."""
+    x, seq = inputs(2, TIME), whole(2, TIME)
+    weight = np.zeros(x.shape, np.float32)
+    weight[0, at] = 1.0
+    pull = compiled_gradients(name, **usual(name) | shared)(params(name), x, seq, weight)[1][1]
+    assert not np.any(pull[1])
+    return np.abs(pull[0]).max(axis=-1)
 
 
 @pytest.mark.parametrize("name", able("causal"))
 def test_causality_by_gradient(name):
-    x, at = inputs(1, 140), 100
-    pull = reach_of(name, x, at)
-    reach = np.abs(pull[0]).max(axis=-1)
+    at = 100
+    reach = reach_of(name, at, bidirectional_mode=False)
     assert np.all(reach[at + 1 :] == 0)
     assert reach[at] > 0 and reach[at - 1] > 0
 
 
 @pytest.mark.parametrize("name", able("bidirectional"))
 def test_bidirectional_sees_both_sides(name):
-    x, at = inputs(1, 140), 100
-    pull = reach_of(name, x, at, bidirectional_mode=True)
-    reach = np.abs(pull[0]).max(axis=-1)
+    at = 100
+    reach = reach_of(name, at, bidirectional_mode=True)
     assert reach[at + 1] > 0 and reach[at - 1] > 0
 
 
@@ -266,22 +278,21 @@ def test_nan_in_padding_goes_nowhere(name):
     x, seq = inputs(2, TIME), packed(TIME)
     padding = (seq.segment_BT == 0)[..., None]
     assert padding.any()
-    poisoned = jnp.where(padding, jnp.nan, x)
-    clean = value_and_gradients(name, jnp.where(padding, 0.0, x), seq)
+    poisoned = np.where(padding, np.nan, x)
+    clean = value_and_gradients(name, np.where(padding, 0.0, x), seq)
     got = value_and_gradients(name, poisoned, seq)
     close(got, clean)
     assert np.all(np.asarray(got[0])[np.asarray(padding)[..., 0]] == 0)
 
 
-@pytest.mark.parametrize("time", [1, 9])
+@pytest.mark.parametrize("time", [1, 29])
 @pytest.mark.parametrize("name", able("streaming"))
 def test_nan_in_unused_slots_goes_nowhere(name, time):
-    x = inputs(2, 12)
-    _, state = apply(name, x[:, :3], whole(2, 3), mixer(name).init_state(2, 32))
-    # Unused slots of a cache are those that an empty state and this one have in common: all zeros.
-    slots = getattr(state, "segment_BS", None)
-    if slots is None:
+    if not hasattr(mixer(name).init_state(1, 1), "segment_BS"):
         pytest.skip(f"the state of {name} has no slots")
+    x = inputs(2, 30)
+    _, state = apply(name, x[:, :1], whole(2, 1), mixer(name).init_state(2, 70))
+    slots = state.segment_BS
 
     def poison(leaf):
         if leaf.dtype != jnp.float32 or leaf.shape[:2] != slots.shape:
@@ -291,7 +302,7 @@ def test_nan_in_unused_slots_goes_nowhere(name, time):
 
     poisoned = jax.tree.map(poison, state)
     assert any(np.isnan(leaf).any() for leaf in jax.tree.leaves(poisoned))
-    step = functools.partial(apply, name, x[:, 3 : 3 + time], whole(2, time, 3))
+    step = functools.partial(apply, name, x[:, 1 : 1 + time], whole(2, time, 1))
     close(step(poisoned)[0], step(state)[0])
 
 
@@ -303,7 +314,7 @@ def test_eight_devices_are_one(name):
     from fastformer.core.mesh import MeshConfig, make_mesh, rules, use
 
     x, seq = inputs(4, 70), whole(4, 70)
-    want = apply(name, x, seq)[0]
+    want = np.concatenate([apply(name, half, whole(2, 70))[0] for half in (x[:2], x[2:])])
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     letters = {"B": ("data", "fsdp"), "D": ("fsdp",), "H": ("tensor",), "G": ("tensor",)}
     with use(mesh, rules(letters)):
@@ -333,10 +344,10 @@ def test_bfloat16_is_near(name):
 
 @pytest.mark.parametrize("name", able("streaming"))
 def test_bfloat16_streams_as_it_trains(name):
-    x, seq, low = inputs(2, 70), whole(2, 70), {"dtype": jnp.bfloat16}
+    x, seq, low = inputs(2, 60), whole(2, 60), {"dtype": jnp.bfloat16}
     want = np.asarray(apply(name, x, seq, **low)[0], np.float64)
-    state = mixer(name, **low).init_state(2, 70)
-    got = np.asarray(fold(name, x, seq, (20, 21, 22, 50), state, **low), np.float64)
+    state = mixer(name, **low).init_state(2, 60)
+    got = np.asarray(fold(name, x, seq, (29, 30, 31), state, **low), np.float64)
     assert np.sqrt(np.mean((got - want) ** 2)) < 0.02 * np.sqrt(np.mean(want**2))
 
 

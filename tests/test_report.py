@@ -252,7 +252,7 @@ def benchmark_config(**changes):
 
 def test_the_benchmark_measures_every_variant(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch_peer, "available", lambda: (None, "torch is not installed"))
-    rows = benchmark.run_benchmark(benchmark_config(variants=("softmax", "linear")), tmp_path)
+    rows = benchmark.run_benchmark(benchmark_config(variants=("linear",)), tmp_path)
     assert [(row["variant"], row["length"]) for row in rows] == [
         ("softmax", 16), ("linear", 16), ("softmax", 32), ("linear", 32),
     ]  # fmt: skip

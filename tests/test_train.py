@@ -13,10 +13,9 @@ import jax.numpy as jnp
 import kill_and_resume
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
+import tiny
 from safetensors.numpy import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import tiny_config
 
 from fastformer.core import config as configuration
 from fastformer.core.errors import UserError
@@ -24,13 +23,15 @@ from fastformer.core.mesh import use
 from fastformer.core.trees import count, paths
 from fastformer.train import loop, session, setup
 from fastformer.train.evaluate import evaluate
+from fastformer.train.groups import decayed
 from fastformer.train.logging import MetricsLog
-from fastformer.train.optimiser import decayed, make_optimiser
+from fastformer.train.optimiser import make_optimiser
 from fastformer.train.state import abstract_params
 from fastformer.train.step import CompiledStep
 from fastformer.train.stop import Stop, Stopped
 
 DEVICES = jax.devices()[:1]
+pytestmark = pytest.mark.usefixtures("compiled_once")
 RESULT_KEYS = (
     "name", "step", "quality", "parameters", "bytes_on_disk", "train_tokens_per_second",
     "decode_tokens_per_second", "state_bytes", "flops_per_token", "peak_memory_bytes", "wall_seconds",
@@ -39,37 +40,13 @@ RESULT_KEYS = (
 
 
 def configured(folder, **settings):
-    """Return the tiny configuration with ``optimiser__clip=0`` for ``optimiser.clip``, and so on."""
-    config = tiny_config(folder)
-    for key, value in (
-        {"model.dropout": 0.1} | {k.replace("__", "."): v for k, v in settings.items()}
-    ).items():
-        configuration.set_key(config, key, value)
-    return config
+    """Return the tiny configuration with dropout, and ``settings`` as in tiny.configured."""
+    return tiny.configured(folder, **{"model__dropout": 0.1} | settings)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("tiny")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Let the many trainings here share what XLA compiled: most of their time goes there."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-        os.environ[name.upper()] = str(value)  # for processes that are started here
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-        del os.environ[name.upper()]
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
@@ -242,11 +219,11 @@ def test_a_key_that_nobody_knows(folder, tmp_path):
 
 
 def test_training_that_diverges_says_so(folder, tmp_path, monkeypatch):
-    metrics = {"loss": jnp.nan, "gradient_norm": 1.0, "learning_rate": 1.0}
+    metrics = {"loss": jnp.nan, "gradient_norm": 1.0, "taken": False, "streak": 3, "skipped": 3}
     broken = CompiledStep(lambda state, batch: (state, metrics), traced=None, seconds=0.0, memory_bytes=0)
-    monkeypatch.setattr(loop, "compile_train_step", lambda *_: broken)
+    monkeypatch.setattr(loop, "compile_all", lambda *_: {"float32": broken})
     with pytest.raises(UserError, match="the loss of step 1 is nan"):
-        loop.train(configured(folder), tmp_path, DEVICES)
+        loop.train(configured(folder, train__bad_steps=3), tmp_path, DEVICES)
 
 
 def test_learning_rates(folder):
@@ -273,5 +250,5 @@ def test_only_matrices_decay_and_gradients_are_clipped(folder):
     assert np.all(np.asarray(updates["weight"]) < 0) and not np.any(np.asarray(updates["bias"]))
     gradients = jax.tree.map(lambda x: 100 * x, params)
     _, state = tx.update(gradients, tx.init(params), params)
-    moments = np.concatenate([np.ravel(x) for x in jax.tree.leaves(state[1][0].mu)])
+    moments = np.concatenate([np.ravel(x) for x in jax.tree.leaves(state[1].mu)])
     assert np.linalg.norm(moments / 0.1) == pytest.approx(1.0, rel=1e-5)

@@ -8,6 +8,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from configs import base
+from fastformer.core import config as configuration
 
 WORDS = "the model reads a row of tokens and says which comes next until every document has its end".split()
 
@@ -37,3 +38,11 @@ def tiny_config(folder: Path) -> ConfigDict:
     c.log.every = 1
     c.generate.tokens = 8
     return c.lock()
+
+
+def configured(folder: Path, **settings) -> ConfigDict:
+    """Return the tiny configuration with ``optimiser__clip=0`` for ``optimiser.clip``, and so on."""
+    config = tiny_config(folder)
+    for key, value in settings.items():
+        configuration.set_key(config, key.replace("__", "."), value)
+    return config

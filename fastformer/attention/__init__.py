@@ -10,36 +10,76 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from fastformer.attention.additive import Additive
+from fastformer.attention.aft import AFT
 from fastformer.attention.based import Based
+from fastformer.attention.bigbird import BigBird
+from fastformer.attention.cosformer import Cosformer
 from fastformer.attention.decay import GLA, HGRN2, Mamba2, Retention
 from fastformer.attention.delta import Delta, DeltaProduct, GatedDelta, KimiDelta
+from fastformer.attention.differential import Differential
 from fastformer.attention.dilated import Dilated
+from fastformer.attention.factorised import Fixed, Strided
+from fastformer.attention.fnet import FNet
+from fastformer.attention.forgetting import Forgetting
 from fastformer.attention.hedgehog import Hedgehog
+from fastformer.attention.hyena import Hyena
+from fastformer.attention.latent import Latent
 from fastformer.attention.linear import LinearAttention
+from fastformer.attention.linformer import Linformer
 from fastformer.attention.local import Local
 from fastformer.attention.longformer import Longformer
+from fastformer.attention.lsh import LSH
+from fastformer.attention.luna import Luna
 from fastformer.attention.mixer import Context, Mixer, able
+from fastformer.attention.mlstm import MLSTM
+from fastformer.attention.moba import MoBA
+from fastformer.attention.native_sparse import NativeSparse
+from fastformer.attention.nystrom import Nystrom
 from fastformer.attention.performer import Performer
 from fastformer.attention.random_features import RandomFeatures
 from fastformer.attention.rg_lru import RGLRU
+from fastformer.attention.routing import Routing
 from fastformer.attention.rwkv import RWKV7
+from fastformer.attention.sigmoid import Sigmoid
+from fastformer.attention.sinkhorn import Sinkhorn
 from fastformer.attention.sinks import Sinks
 from fastformer.attention.softmax import Softmax
+from fastformer.attention.synthesizer import Synthesizer
+from fastformer.attention.topk import TopK
 from fastformer.core.errors import FieldError, lookup, nearest
 
 __all__ = ["Context", "Mixer", "VARIANTS", "check", "make", "own_fields"]
 
 VARIANTS: dict[str, type[Mixer]] = {
     "softmax": Softmax,
+    "latent": Latent,
+    "differential": Differential,
+    "sigmoid": Sigmoid,
+    "forgetting": Forgetting,
+    "synthesizer": Synthesizer,
     "local": Local,
     "sinks": Sinks,
     "dilated": Dilated,
     "longformer": Longformer,
+    "strided": Strided,
+    "fixed": Fixed,
+    "topk": TopK,
+    "moba": MoBA,
+    "native_sparse": NativeSparse,
+    "bigbird": BigBird,
+    "lsh": LSH,
+    "routing": Routing,
+    "sinkhorn": Sinkhorn,
     "linear": LinearAttention,
     "performer": Performer,
     "random_features": RandomFeatures,
     "based": Based,
     "hedgehog": Hedgehog,
+    "cosformer": Cosformer,
+    "linformer": Linformer,
+    "luna": Luna,
+    "nystrom": Nystrom,
     "retention": Retention,
     "gla": GLA,
     "hgrn2": HGRN2,
@@ -50,6 +90,11 @@ VARIANTS: dict[str, type[Mixer]] = {
     "delta_product": DeltaProduct,
     "rwkv7": RWKV7,
     "rg_lru": RGLRU,
+    "mlstm": MLSTM,
+    "fnet": FNet,
+    "aft": AFT,
+    "additive": Additive,
+    "hyena": Hyena,
 }
 
 _SHARED = {field.name for field in dataclasses.fields(Mixer)}

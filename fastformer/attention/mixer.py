@@ -18,7 +18,7 @@ from fastformer.core.layers import Linear, RMSNorm, zero_padding
 from fastformer.core.seq import Seq
 
 # By what twice the tokens multiply the time.
-ORDERS = {"T": 2.0, "T log T": 2.2, "T^1.5": 2.83, "T^2": 4.0}
+ORDERS = {"T": 2.0, "T log T": 2.2, "T log^2 T": 2.4, "T^1.5": 2.83, "T^2": 4.0}
 
 
 class Context(NamedTuple):

@@ -77,6 +77,11 @@ class Fade(NamedTuple):
     fine_BTH: jax.Array
 
 
+def masked_softmax(scores: jax.Array, visible: jax.Array) -> jax.Array:
+    """Return the softmax over the last axis of what is visible; zero elsewhere, and where nothing is."""
+    return jnp.where(visible, jax.nn.softmax(jnp.where(visible, scores, -1e30), axis=-1), 0.0)
+
+
 def reference_attention(
     q_BTHK: jax.Array,
     k_BSGK: jax.Array,

@@ -14,7 +14,7 @@ from fastformer.attention.cache import KVState
 from fastformer.attention.mixer import Mixer
 from fastformer.attention.parts import dense, first_seen, first_tokens, join, scored
 from fastformer.attention.positions import rope
-from fastformer.attention.scores import Bend
+from fastformer.attention.scores import Bend, masked_softmax
 from fastformer.attention.windows import Windows, band, distances, slots
 from fastformer.core.errors import require
 from fastformer.core.layers import zero_padding
@@ -60,7 +60,7 @@ def reference(
     sink_BTS = Windows(True).visible(seq, seq) & (seq.position_BT < sinks)[:, None, :]
     both = jnp.where(near_BTS[:, None, None], scores(q, seq), scores(far, far_seq))
     visible = (near_BTS | sink_BTS)[:, None, None]
-    weights = jnp.where(visible, jax.nn.softmax(jnp.where(visible, both, -1e30), axis=-1), 0.0)
+    weights = masked_softmax(both, visible)
     return jnp.einsum("BGMTS,BSGP->BTGMP", weights, v).reshape(batch, time, heads, -1)
 
 

@@ -14,7 +14,7 @@ from fastformer.attention.blocked import attend_part
 from fastformer.attention.cache import KVState
 from fastformer.attention.implementations import attend
 from fastformer.attention.mixer import Mixer
-from fastformer.attention.scores import Bend, Mask, reference_attention
+from fastformer.attention.scores import Bend, Mask, masked_softmax, reference_attention
 from fastformer.core.seq import Seq
 
 
@@ -134,7 +134,7 @@ def decode(
     """Return the attention of one token a row over the slots, [B, 1, H, P]."""
     scores = slot_scores(q_B1HK, state, seq, bend)
     visible = mask.visible(seq, state.seq)[:, :, None]
-    weights = jnp.where(visible, jax.nn.softmax(jnp.where(visible, scores, -1e30), axis=-1), 0.0)
+    weights = masked_softmax(scores, visible)
     if sink_H is not None:
         log_BGM = jax.nn.logsumexp(jnp.where(visible, scores, -1e30), axis=-1)
         sink_BGM = sink_H.astype(jnp.float32).reshape(1, *log_BGM.shape[1:])
@@ -166,6 +166,11 @@ def slot_values(weights_BGMS: jax.Array, state: KVState) -> jax.Array:
         "BGMS,BSGP->BGMP", weights_BGMS.astype(v_BSGP.dtype), v_BSGP, preferred_element_type=jnp.float32
     )
     return y.reshape(batch, 1, groups * share, -1).astype(v_BSGP.dtype)
+
+
+def other_seq(seqs: tuple[Seq, Seq]) -> Seq | None:
+    """Return the Seq of keys where it is another sequence's than that of queries."""
+    return None if seqs[1] is seqs[0] else seqs[1]
 
 
 def sink_logits(mixer: Mixer) -> tuple[jax.Array, ...]:
@@ -204,20 +209,15 @@ class Softmax(Mixer):
         return sink_logits(self)
 
     def mix(self, qkv, seqs, state):
-        seq, other = self._seqs(seqs)
+        seq, other = seqs[0], other_seq(seqs)
         causal = not self.bidirectional_mode
         options = {"causal": causal, "bend": self.bend, "implementation": self.implementation}
         return forward(*qkv, seq=seq, state=state, kv_seq=other, **options)
 
     def refer(self, qkv, seqs):
-        seq, other = self._seqs(seqs)
+        seq, other = seqs[0], other_seq(seqs)
         causal = other is None and not self.bidirectional_mode
         return reference(*qkv, seq=seq, kv_seq=other, causal=causal, bend=self.bend)
-
-    @staticmethod
-    def _seqs(seqs: tuple[Seq, Seq]) -> tuple[Seq, Seq | None]:
-        """Return the Seq of queries, and that of keys where it is another sequence's."""
-        return seqs[0], None if seqs[1] is seqs[0] else seqs[1]
 
     def empty(self, batch, capacity, dtype):
         widths = {"key_width": self.head_width, "value_width": self.value_width}

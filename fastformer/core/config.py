@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import hashlib
 import importlib.util
 import inspect
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -18,6 +19,13 @@ from ml_collections import ConfigDict, config_dict
 from fastformer.core.errors import FieldError, UserError, nearest
 
 Section = TypeVar("Section")
+
+CONFIG = "config.json"  # the file in a workdir that holds the configuration of its run
+
+SECTIONS = (
+    "name", "seed", "task", "data", "model", "train", "optimiser", "compress", "evaluate", "checkpoint",
+    "log", "mesh", "sharding", "generate", "benchmark",
+)  # fmt: skip
 
 # Sections whose keys depend on a name chosen in them: a key that is not there yet may be added,
 # and whoever owns the section rejects those that it does not know.
@@ -32,15 +40,25 @@ def load_module(path: str) -> ModuleType:
     """
     file = Path(path)
     if not file.is_file():
-        siblings = [str(p) for p in file.parent.glob("*.py")] if file.parent.is_dir() else []
+        siblings = [str(p) for p in file.parent.glob("*.py") if p != file] if file.parent.is_dir() else []
         raise UserError(f"--config: no file {path}{nearest(path, siblings)}")
+    if file.suffix != ".py":
+        raise UserError(f"--config: {path} is no Python file; it must end in .py")
     spec = importlib.util.spec_from_file_location(f"_config_{file.stem}", file)
     module = importlib.util.module_from_spec(spec)
-    try:
+    with _told(f"--config: {path} cannot be imported"):
         spec.loader.exec_module(module)
-    except Exception as error:
-        raise UserError(f"--config: {path} cannot be imported: {type(error).__name__}: {error}") from error
     return module
+
+
+@contextlib.contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Tell whatever a user's file raises in one line."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{what}: {type(error).__name__}: {reason}") from error
 
 
 def load(path_and_arg: str, overrides: Iterable[tuple[str, str]] = ()) -> ConfigDict:
@@ -55,22 +73,48 @@ def load(path_and_arg: str, overrides: Iterable[tuple[str, str]] = ()) -> Config
     """
     path, _, arg = path_and_arg.partition(":")
     module = load_module(path)
-    if not hasattr(module, "get_config"):
+    if not callable(getattr(module, "get_config", None)):
         raise UserError(f"--config: {path} has no get_config()")
     arms = getattr(module, "ARMS", None)
     if arg and arms is not None and arg not in arms:
         raise UserError(f"--config: {path} has no arm {arg!r}{nearest(arg, arms)} (arms: {', '.join(arms)})")
     parameters = inspect.signature(module.get_config).parameters.values()
     needs_arg = any(p.default is p.empty for p in parameters)
+    if len(parameters) > 1:
+        raise UserError(f"--config: get_config of {path} must take one argument, the arm, or none")
     if arg and not parameters:
         raise UserError(f"--config: {path} takes no argument, got {arg!r}")
     if needs_arg and not arg:
         raise UserError(f"--config: {path} needs an arm, as in {path}:{next(iter(arms or ['ARM']))}")
-    config = module.get_config(arg) if arg else module.get_config()
+    with _told(f"--config: get_config() of {path} fails"):
+        config = module.get_config(arg) if arg else module.get_config()
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"--config: get_config() of {path} returns {config!r:.60}, not a ConfigDict")
     config = ConfigDict(config.to_dict()).lock()
+    check_sections(config)
     for key, text in overrides:
         set_key(config, key, text)
     return config
+
+
+def check_sections(config: ConfigDict) -> None:
+    """Check that a configuration has every key of SECTIONS, and no other.
+
+    Raises:
+      UserError: it has not.
+    """
+    for key in config:
+        if key not in SECTIONS:
+            raise UserError(
+                f"config.{key}: no such key{nearest(key, SECTIONS)} (keys: {', '.join(SECTIONS)})"
+            )
+    for key in SECTIONS:
+        if key not in config:
+            raise UserError(f"config.{key}: is missing; begin with base.get_config(), as configs/lm.py does")
+        kind = {"name": str, "seed": int}.get(key, ConfigDict)
+        if not isinstance(config[key], kind):
+            wanted = "a section" if kind is ConfigDict else f"of type {kind.__name__}"
+            raise UserError(f"config.{key}: {config[key]!r} is not {wanted}")
 
 
 def set_key(config: ConfigDict, key: str, text: Any) -> None:
@@ -161,7 +205,7 @@ def section(cls: type[Section], config: ConfigDict, path: str) -> Section:
 def _plain(value: Any) -> Any:
     if isinstance(value, ConfigDict):
         return {k: _plain(v) for k, v in value.items()}
-    return tuple(value) if isinstance(value, list) else value
+    return _hashable(value)
 
 
 def to_json(config: ConfigDict) -> str:
@@ -194,5 +238,9 @@ def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
         if isinstance(value, ConfigDict):
             flat |= flatten(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = tuple(value) if isinstance(value, list) else value
+            flat[prefix + key] = _hashable(value)
     return flat
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(map(_hashable, value)) if isinstance(value, (list, tuple)) else value

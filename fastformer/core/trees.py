@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+SCANNED = "layers"  # what holds the parameters of scanned layers, each with a leading axis of layers
+
 
 def paths(tree: Any) -> dict[str, Any]:
     """Return ``{"layers/0/mixer/query": leaf, …}`` for every leaf of a tree."""

@@ -69,6 +69,8 @@ def complete(
             f"--prompt: {longest} tokens and config.generate.tokens {options.tokens} more are beyond the "
             f"{length} learned positions of this model; give less"
         )
+    if options.beams > 1 and model.config.scan:
+        raise UserError("config.generate.beams: a model with scanned layers (config.model.scan) takes 1 only")
     tokens_BT = np.full((len(rows), -(-longest // PREFILL) * PREFILL), end, np.int32)
     for row, ids in enumerate(rows):
         tokens_BT[row, : len(ids)] = ids

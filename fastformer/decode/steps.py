@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from fastformer.core.errors import FieldError, require
 from fastformer.core.seq import Seq, whole
-from fastformer.models import EncoderDecoder, Source
+from fastformer.models import Source
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class GenerateConfig:
         require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
         if self.temperature == 0 and (self.top_k or self.top_p < 1):
             raise FieldError(
-                "temperature", "0 is greedy, which top_k and top_p cannot change; set it above 0"
+                "temperature",
+                "0 is greedy, which top_k and top_p cannot change; set it above 0, or top_k=0 and top_p=1",
             )
 
 
@@ -56,7 +57,7 @@ def prefill(model, params, tokens_BT, lengths_B, capacity: int, end: int) -> tup
     batch, padded = tokens_BT.shape
     position_BT = jnp.broadcast_to(jnp.arange(padded, dtype=jnp.int32), (batch, padded))
     seq = Seq((position_BT < lengths_B[:, None]).astype(jnp.int32), position_BT)
-    if isinstance(model, EncoderDecoder):
+    if model.reads_sources:
         begin_B = jnp.full((batch,), end, jnp.int32)
         source = Source(tokens_BT, seq)
         written = model.apply({"params": params}, begin_B[:, None], whole(batch, 1), source=source)[1]

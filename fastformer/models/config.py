@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from fastformer.core.errors import FieldError, lookup, require
 NORMS = ("rms", "layer")
 MLPS = ("swiglu", "gelu")
 CROSS = "softmax"  # the mixer of cross-attention
+REMAT = ("none", "full", "dots")
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,9 @@ class ModelConfig:
     dropout: float
     dtype: str
     implementation: str
+    remat: tuple[str, ...]
+    scan: bool
+    loss_chunk: int
     pattern: tuple[str, ...]
     attention: Mapping[str, Any]
     bidirectional: bool = False
@@ -56,7 +61,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for field in ("layers", "width", "heads"):
             require(getattr(self, field) >= 1, field, getattr(self, field), "1 or more")
-        for field in ("kv_heads", "head_width", "ff_width", "soft_cap", "encoder_layers"):
+        for field in ("kv_heads", "head_width", "ff_width", "soft_cap", "encoder_layers", "loss_chunk"):
             require(getattr(self, field) >= 0, field, getattr(self, field), "0 or more")
         for field, kinds in (("norm", NORMS), ("mlp", MLPS), ("positions", KINDS), ("dtype", tuple(COMPUTE))):
             lookup(dict.fromkeys(kinds), getattr(self, field), field)
@@ -74,6 +79,7 @@ class ModelConfig:
             raise FieldError("positions", f"sinusoidal needs an even width, and it is {self.width}")
         object.__setattr__(self, "attention", FrozenDict(self.attention))
         self._check_attention()
+        self._check_remat()
 
     def _check_attention(self) -> None:
         for field in ("pattern", "encoder_pattern"):
@@ -95,6 +101,22 @@ class ModelConfig:
             self.mixer(index, detached=True)
         for index in range(self.encoder_layers):
             self.encoder_mixer(index, detached=True)
+
+    def _check_remat(self) -> None:
+        require(len(self.remat) >= 1, "remat", self.remat, "one policy, or several that layers repeat")
+        for index, name in enumerate(self.remat):
+            lookup(dict.fromkeys(REMAT), name, f"remat[{index}]")
+        if self.scan and self.layers % self.period:
+            raise FieldError(
+                "scan",
+                f"needs a whole number of repeats, and config.model.layers {self.layers} is no multiple of "
+                f"the {self.period} layers after which pattern and remat repeat",
+            )
+
+    @property
+    def period(self) -> int:
+        """Return the number of layers after which mixers and policies repeat."""
+        return math.lcm(len(self.variants), len(self.remat))
 
     @property
     def variants(self) -> tuple[str, ...]:

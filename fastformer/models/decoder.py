@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 
 from fastformer.core.errors import FieldError
 from fastformer.core.seq import Seq
-from fastformer.models.block import NORM_LAYERS, Block
+from fastformer.models.block import NORM_LAYERS
 from fastformer.models.config import ModelConfig
-from fastformer.models.parts import Tables, embed, next_token
+from fastformer.models.nats import chunked
+from fastformer.models.parts import Tables, embed, logits_of
+from fastformer.models.stack import init_state, run_stack
 
 
 class Decoder(nn.Module):
@@ -22,6 +24,8 @@ class Decoder(nn.Module):
       vocabulary: V.
       length: T that it is trained at, the most that learned positions can hold.
     """
+
+    reads_sources: ClassVar[bool] = False  # a prompt is the beginning of what it writes
 
     config: ModelConfig
     vocabulary: int
@@ -41,23 +45,28 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, tokens_BT: jax.Array, seq: Seq, state: Any = None, deterministic: bool = True
+        self,
+        tokens_BT: jax.Array,
+        seq: Seq,
+        state: Any = None,
+        deterministic: bool = True,
+        targets_BT: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple]:
-        """Return ``(logits_BTV float32, state)``; ``state`` is a tuple over layers, None an empty past."""
+        """Return ``(logits_BTV float32, state)``; ``state`` is as ``init_state`` has it, None an empty past.
+
+        With ``targets_BT`` it returns ``(nats_BT float32, state)``, the cross-entropy of each, and holds
+        no more logits at once than those of ``config.loss_chunk`` tokens of each row.
+        """
         c = self.config
         tables = Tables.of(self)
         x_BTD = embed(c, tables, tokens_BT, seq, deterministic)
-        states = state or (None,) * c.layers
-        ends = []
-        for layer in range(c.layers):
-            block = Block(c, layer, self.length, name=f"layer_{layer}")
-            x_BTD, end = block(x_BTD, seq, states[layer], deterministic)
-            ends.append(end)
+        x_BTD, state = run_stack(c, self.length, x_BTD, seq, state, deterministic)
         x_BTD = NORM_LAYERS[c.norm](name="norm")(x_BTD)
-        return next_token(c, x_BTD, tables), tuple(ends)
+        if targets_BT is None:
+            return logits_of(c, tables)(x_BTD), state
+        scanned = 0 < c.loss_chunk < targets_BT.shape[1]
+        return chunked(logits_of(c, tables, scanned), x_BTD, targets_BT, c.loss_chunk), state
 
     def init_state(self, batch: int, capacity: int) -> tuple:
         """Return the empty state of every layer, for ``capacity`` tokens a row."""
-        layers = range(self.config.layers)
-        mixers = (self.config.mixer(layer, self.length, detached=True) for layer in layers)
-        return tuple(mixer.init_state(batch, capacity) for mixer in mixers)
+        return init_state(self.config, self.length, batch, capacity)

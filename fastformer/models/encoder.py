@@ -12,9 +12,10 @@ from fastformer.core.dtypes import COMPUTE
 from fastformer.core.errors import FieldError
 from fastformer.core.layers import Linear, zero_padding
 from fastformer.core.seq import Seq
-from fastformer.models.block import NORM_LAYERS, Block
+from fastformer.models.block import NORM_LAYERS
 from fastformer.models.config import ModelConfig
 from fastformer.models.parts import Tables, embed
+from fastformer.models.stack import run_stack
 
 
 class Head(NamedTuple):
@@ -56,6 +57,8 @@ class Encoder(nn.Module):
         """
         if config.encoder_layers:
             raise FieldError("encoder_layers", "is of an encoder_decoder; an encoder has config.model.layers")
+        if config.loss_chunk:
+            raise FieldError("loss_chunk", "an encoder has no logits of the next token; set it 0")
 
     @nn.compact
     def __call__(
@@ -64,8 +67,7 @@ class Encoder(nn.Module):
         """Return ``(scores_BR, None)`` float32, or ``scores_BTR`` where the head is not pooled."""
         c = self.config
         x_BTD = embed(c, Tables.of(self), tokens_BT, seq, deterministic)
-        for layer in range(c.layers):
-            x_BTD, _ = Block(c, layer, self.length, name=f"layer_{layer}")(x_BTD, seq, None, deterministic)
+        x_BTD, _ = run_stack(c, self.length, x_BTD, seq, None, deterministic)
         x_BTD = zero_padding(NORM_LAYERS[c.norm](name="norm")(x_BTD), seq)
         if self.head.pooled:
             count_B1 = jnp.sum(seq.segment_BT > 0, axis=1, keepdims=True).astype(jnp.float32)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -16,7 +16,8 @@ from fastformer.core.layers import zero_padding
 from fastformer.core.seq import Seq, whole
 from fastformer.models.block import NORM_LAYERS, Block
 from fastformer.models.config import ModelConfig
-from fastformer.models.parts import Tables, embed, next_token
+from fastformer.models.parts import Tables, embed, logits_of
+from fastformer.models.stack import init_state
 
 
 class Source(NamedTuple):
@@ -45,6 +46,8 @@ class EncoderDecoder(nn.Module):
       length: T and S that it is trained at, the most that learned positions can hold.
     """
 
+    reads_sources: ClassVar[bool] = True  # prompts are its sources
+
     config: ModelConfig
     vocabulary: int
     length: int
@@ -54,12 +57,18 @@ class EncoderDecoder(nn.Module):
         """Check what this model cannot be.
 
         Raises:
-          FieldError: it has no encoder, or its decoder is not causal.
+          FieldError: it has no encoder, its decoder is not causal, or a field that it has no use for.
         """
         if config.bidirectional:
             raise FieldError("bidirectional", "is of an encoder; that of an encoder_decoder always is")
         if not config.encoder_layers:
             raise FieldError("encoder_layers", "0 is not allowed; an encoder_decoder needs 1 or more")
+        if config.scan:
+            raise FieldError("scan", "an encoder_decoder has no scanned layers; set it False")
+        if set(config.remat) != {"none"}:
+            raise FieldError("remat", f"{config.remat} is not allowed; an encoder_decoder takes none")
+        if config.loss_chunk:
+            raise FieldError("loss_chunk", "an encoder_decoder has its logits at once; set it 0")
 
     @nn.compact
     def __call__(
@@ -89,7 +98,7 @@ class EncoderDecoder(nn.Module):
             x_BTD, end = block(x_BTD, seq, states[layer], deterministic, context)
             ends.append(end)
         x_BTD = NORM_LAYERS[self.config.norm](name="norm")(x_BTD)
-        return next_token(self.config, x_BTD, tables), Written(context, tuple(ends))
+        return logits_of(self.config, tables)(x_BTD), Written(context, tuple(ends))
 
     def _encode(self, tables: Tables, source: Source, deterministic: bool) -> Context:
         x_BSD = embed(self.config, tables, source.tokens_BS, source.seq, deterministic)
@@ -106,8 +115,7 @@ class EncoderDecoder(nn.Module):
             x_BSD = jnp.zeros((batch, self.length, c.width), COMPUTE[c.dtype])
             nothing = jnp.zeros((batch, self.length), jnp.int32)
             context = Context(x_BSD, Seq(nothing, nothing))
-        mixers = (c.mixer(layer, self.length, detached=True) for layer in range(c.layers))
-        return Written(context, tuple(mixer.init_state(batch, capacity) for mixer in mixers))
+        return Written(context, init_state(c, self.length, batch, capacity))
 
 
 def _nothing(batch: int) -> Source:

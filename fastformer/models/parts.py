@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -53,13 +54,24 @@ def embed(
     return nn.Dropout(config.dropout)(constrain(x_BTD, "BTD"), deterministic=deterministic)
 
 
-def next_token(config: ModelConfig, x_BTD: jax.Array, tables: Tables) -> jax.Array:
-    """Return the logits of the next token, [B, T, V] float32, by the embedding or a matrix of their own."""
+def logits_of(
+    config: ModelConfig, tables: Tables, scanned: bool = False
+) -> Callable[[jax.Array], jax.Array]:
+    """Return ``x_BTD -> logits_BTV`` float32, by the embedding or a matrix of their own.
+
+    Args:
+      scanned: it is called within a scan, where no module may be made: the matrix is there already.
+    """
     dtype = COMPUTE[config.dtype]
-    if config.tied:
-        logits = jnp.einsum("BTD,VD->BTV", x_BTD, tables.embedding_VD.astype(dtype))
-        logits = constrain(logits, "BTV")
-    else:
-        shape = tables.embedding_VD.shape[::-1]
-        logits = Linear("BTD,DV->BTV", shape, dtype=dtype, name="head")(x_BTD)
-    return logits.astype(jnp.float32)
+    weight, spec = tables.embedding_VD, "BTD,VD->BTV"
+    if not config.tied:
+        head = Linear("BTD,DV->BTV", tables.embedding_VD.shape[::-1], dtype=dtype, name="head")
+        if not scanned:
+            return lambda x_BTD: head(x_BTD).astype(jnp.float32)
+        weight, spec = head.variables["params"]["weight"], head.spec
+
+    def logits(x_BTD: jax.Array) -> jax.Array:
+        logits_BTV = jnp.einsum(spec, x_BTD, weight.astype(dtype))
+        return constrain(logits_BTV, "BTV").astype(jnp.float32)
+
+    return logits

@@ -27,6 +27,7 @@ from fastformer.report import plots, tables, torch_peer
 from fastformer.report.cost import flops
 
 BASELINE = "softmax"  # what every ratio is against
+TABLE = "benchmark.md"
 MIN_SECONDS = 0.02  # a timed turn repeats a shorter call until it lasts about this long
 
 
@@ -93,20 +94,25 @@ def run_benchmark(config: ConfigDict, workdir: Path) -> list[dict[str, Any]]:
     """
     options = section(BenchmarkConfig, config, "benchmark")
     model = section(ModelConfig, config, "model")
-    variants = options.variants or tuple(VARIANTS)
+    variants = tuple(dict.fromkeys((BASELINE, *(options.variants or VARIANTS))))
+    layers = {length: {name: _mixer(model, name, length) for name in variants} for length in options.lengths}
     peer, reason = torch_peer.available()
-    rows = []
+    rows: list[dict[str, Any]] = []
+    workdir.mkdir(parents=True, exist_ok=True)
     for length in options.lengths:
-        shape = (options.batch, length, model.width)
-        contestants = {
-            name: _contestant(_mixer(model, name, length), shape, COMPUTE[model.dtype]) for name in variants
-        }
+        shape, contestants = (options.batch, length, model.width), {}
+        for index, name in enumerate(variants, 1):
+            contestants[name] = _contestant(layers[length][name], shape, COMPUTE[model.dtype])
+            seconds = contestants[name].compile_seconds
+            line = f"length {length:,}: {index}/{len(variants)} compiled, {name} in {seconds:.1f} s"
+            print(f"benchmark: {line}", flush=True)
         if peer is not None:
             forward, both = torch_peer.layer(peer, shape, _heads(model), model.dtype)
             contestants[torch_peer.NAME] = Contestant(forward, both)
         rows += _measure(contestants, options, length)
-        print(f"benchmark: length {length:,} done", flush=True)
-    _write(rows, reason, config, Path(workdir))
+        _write(rows, reason, config, workdir)
+        print(f"benchmark: length {length:,} timed; it and those before are in {workdir}", flush=True)
+    print((workdir / TABLE).read_text())
     return rows
 
 
@@ -194,17 +200,18 @@ def _time(call: Callable[[], Any], turns: int) -> float:
 
 
 def _write(rows: list[dict[str, Any]], torch_reason: str, config: ConfigDict, workdir: Path) -> None:
-    workdir.mkdir(parents=True, exist_ok=True)
     (workdir / "benchmark.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     text = _table(rows, torch_reason)
     device, model, options = jax.devices()[0], config.model, config.benchmark
     about = (
         f"Attention layers of {model.heads} heads at width {model.width}, {model.dtype}, "
         f"batch {options.batch}, on one {device.device_kind} ({device.platform}); jax {jax.__version__}. "
-        f"Medians of {options.repeats} turns; a ratio is to {BASELINE} at the same length in this run."
+        f"Medians of {options.repeats} turns; a ratio is to {BASELINE} at the same length in this run. "
+        "A layer is its projections and what lies between. Peak memory, FLOPs and the second time are of "
+        "forward and backward pass together; the state is what decoding one sequence of this length keeps."
     )
     picture = "![time and memory over length](benchmark.png)"
-    (workdir / "benchmark.md").write_text(f"# Benchmark: {config.name}\n\n{about}\n\n{text}\n\n{picture}\n")
+    (workdir / TABLE).write_text(f"# Benchmark: {config.name}\n\n{about}\n\n{text}\n\n{picture}\n")
     measures = {
         "forward": ("ms", "forward_seconds", 1e3),
         "forward and backward": ("ms", "forward_backward_seconds", 1e3),
@@ -212,8 +219,6 @@ def _write(rows: list[dict[str, Any]], torch_reason: str, config: ConfigDict, wo
     }
     panels = [(title, unit, _curves(rows, key, scale)) for title, (unit, key, scale) in measures.items()]
     plots.lines(workdir / "benchmark.png", panels, "length (tokens)")
-    print(text)
-    print(f"benchmark: {workdir / 'benchmark.md'} shows it with a picture")
 
 
 def _curves(rows: list[dict[str, Any]], key: str, scale: float) -> dict[str, plots.Curve]:

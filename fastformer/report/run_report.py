@@ -106,6 +106,10 @@ def _results(result: Mapping[str, Any]) -> str:
     for name, (title, write) in MEASURES.items():
         if result.get(name, 0) is not None:  # None: a model of this kind has none
             rows.append((title, write(result.get(name))))
+    if result.get("skipped_steps"):
+        rows.append(("steps skipped (not finite, or a spike)", tables.number(result["skipped_steps"])))
+    for back in result.get("rollbacks", ()):
+        rows.append((f"went back at step {back['from']:,}", f"to step {back['to']:,}, past the bad batches"))
     signed = [f"{name}: `{text}`" for name, text in result.get("signatures", {}).items()]
     return "\n\n".join([tables.table(("measure", "value"), rows), *signed])
 

@@ -6,12 +6,8 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import jax
-import jax.numpy as jnp
-import optax
-
-from fastformer.tasks.next_token import accuracy
-from fastformer.tasks.task import Batch, Task, apply
+from fastformer.tasks.next_token import accuracy, cross_entropy, scored
+from fastformer.tasks.task import Task, apply
 
 
 @dataclass(frozen=True)
@@ -23,21 +19,13 @@ class Classify(Task):
     higher = True
 
     def loss(self, model, params, batch, rng=None):
-        return _cross_entropy(apply(model, params, batch, rng), batch)
+        return cross_entropy(apply(model, params, batch, rng), batch["label_B"], batch["weights_B"])
 
     def totals(self, model, params, batch):
-        scores_BR = apply(model, params, batch, None)
-        nats, targets = _cross_entropy(scores_BR, batch)
-        right_B = (jnp.argmax(scores_BR, axis=-1) == batch["label_B"]).astype(jnp.float32)
-        return {"nats": nats, "targets": targets, "right": jnp.sum(right_B * batch["weights_B"])}
+        return scored(apply(model, params, batch, None), batch["label_B"], batch["weights_B"])
 
     def quality(self, sums, data, limit, overlap):
         return accuracy(sums)
-
-
-def _cross_entropy(scores_BR: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    nats_B = optax.softmax_cross_entropy_with_integer_labels(scores_BR, batch["label_B"])
-    return jnp.sum(nats_B * batch["weights_B"]), jnp.sum(batch["weights_B"])
 
 
 def usual_guess(labels: Iterable[int]) -> dict[str, float]:

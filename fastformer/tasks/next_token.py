@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fastformer.tasks.task import Batch, Sums, Task, apply
+from fastformer.tasks.task import Sums, Task, apply
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,11 @@ class NextToken(Task):
     counts), segment_BT and position_BT.
     """
 
+    chunked = True
+
     def loss(self, model, params, batch, rng=None):
-        return cross_entropy(apply(model, params, batch, rng), batch)
+        nats_BT = apply(model, params, batch, rng, targets_BT=batch["targets_BT"])
+        return jnp.sum(nats_BT * batch["weights_BT"]), jnp.sum(batch["weights_BT"])
 
 
 @dataclass(frozen=True)
@@ -32,20 +35,27 @@ class Recalled(NextToken):
     higher = True
 
     def totals(self, model, params, batch) -> Sums:
-        logits_BTV = apply(model, params, batch, None)
-        nats, targets = cross_entropy(logits_BTV, batch)
-        right_BT = (jnp.argmax(logits_BTV, axis=-1) == batch["targets_BT"]).astype(jnp.float32)
-        return {"nats": nats, "targets": targets, "right": jnp.sum(right_BT * batch["weights_BT"])}
+        return scored(apply(model, params, batch, None), batch["targets_BT"], batch["weights_BT"])
 
     def quality(self, sums, data, limit, overlap):
         return accuracy(sums)
 
 
-def cross_entropy(logits_BTV: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Return the summed nats of the targets that count, and their number."""
-    nats_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, batch["targets_BT"])
-    weights_BT = batch["weights_BT"]
-    return jnp.sum(nats_BT * weights_BT), jnp.sum(weights_BT)
+def cross_entropy(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the summed nats of the targets that count, and their number.
+
+    Args:
+      logits: [..., V]; targets: [...]; weights: [...], 1 where a target counts.
+    """
+    nats = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    return jnp.sum(nats * weights), jnp.sum(weights)
+
+
+def scored(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> Sums:
+    """Return what ``cross_entropy`` does, and how many of the targets are the likeliest."""
+    nats, count = cross_entropy(logits, targets, weights)
+    right = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
+    return {"nats": nats, "targets": count, "right": jnp.sum(right * weights)}
 
 
 def accuracy(sums: Mapping[str, Any]) -> dict[str, float]:

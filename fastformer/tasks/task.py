@@ -35,6 +35,7 @@ class Task:
     models: ClassVar[tuple[str, ...]] = ("decoder",)  # rows of models.MODELS that it can train
     metric: ClassVar[str]  # of its quality, what the best checkpoint is best in
     higher: ClassVar[bool] = False  # a higher metric is better
+    chunked: ClassVar[bool] = False  # its loss goes by config.model.loss_chunk
     asks: ClassVar[tuple[str, ...]] = ()  # flags of --mode=generate that it answers, all of them needed
 
     name: str
@@ -133,6 +134,8 @@ def check_fits(task: Task, config: ConfigDict) -> None:
             f"the task {task.name} trains no {config.model.name}{nearest(config.model.name, task.models)} "
             f"(allowed: {', '.join(task.models)})",
         )
+    if config.model.loss_chunk and not task.chunked:
+        raise FieldError("config.model.loss_chunk", f"the loss of {task.name} wants all logits; set it 0")
     check_kind(config.data.source, task.kind)
 
 

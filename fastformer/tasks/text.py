@@ -46,7 +46,7 @@ class Text(NextToken):
         return diversity(answers(complete, data.tokeniser, beginnings)) if texts else {}
 
     def samples(self, complete, data, prompt):
-        return answers(complete, data.tokeniser, [prompt])
+        return self.respond(complete, data.tokeniser, {"prompt": [prompt]})
 
     def respond(self, complete, tokeniser, asked, model, params):
         prompts = asked["prompt"]

@@ -56,7 +56,7 @@ class Translate(Task):
             seq = Seq(batch["source_segment_BS"], batch["source_position_BS"])
             source["source"] = Source(batch["source_tokens_BS"], seq)
         logits_BTV = apply(model, params, batch, rng, **source)
-        nats, targets = cross_entropy(logits_BTV, batch)
+        nats, targets = cross_entropy(logits_BTV, batch["targets_BT"], batch["weights_BT"])
         if rng is not None and self.label_smoothing:
             spread_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - jnp.mean(logits_BTV, axis=-1)
             spread = jnp.sum(spread_BT * batch["weights_BT"])

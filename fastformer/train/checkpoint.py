@@ -23,7 +23,7 @@ from fastformer.train.setup import Run
 from fastformer.train.state import TrainState, abstract_params
 
 FOLDER, ASIDE = "checkpoints", "checkpoints-damaged"
-ITEMS = ("params", "rest", "meta")  # weights stand apart, so that they can be read alone
+ITEMS = ("params", "average", "rest", "meta")  # weights stand apart, so that they can be read alone
 
 
 @dataclass(frozen=True)
@@ -152,14 +152,15 @@ class Checkpoints:
         wanted = _items(abstract)
         check_fits(body["arrays"], wanted, f"checkpoint {step} of {self._folder}")
         found = self._arrays(step, wanted, body["arrays"])
-        state = TrainState(params=found["params"], **found["rest"])
+        state = TrainState(params=found["params"], average=found.get("average"), **found["rest"])
         self._policy.best = body["best"]
         return Restored(step, state, body["data"], body["progress"])
 
     def restore_params(self, abstract: Any) -> tuple[int, Any]:
         """Return ``(step, params)`` of the best checkpoint, or the newest if none is known as best.
 
-        Damaged ones are told on stderr, and left where they are: the run may be going on.
+        They are the average of the weights where the run keeps one. Damaged checkpoints are told on
+        stderr, and left where they are: the run may be going on.
 
         Raises:
           UserError: there is none, all are damaged, or their weights do not fit the model.
@@ -170,9 +171,10 @@ class Checkpoints:
         for step in self._best_first():
             try:
                 arrays = self._meta(step)["arrays"]
-                weights = {path: entry for path, entry in arrays.items() if path.startswith("params/")}
-                check_fits(weights, {"params": abstract}, f"checkpoint {step} of {self._folder}")
-                found = self._arrays(step, {"params": abstract}, weights)["params"]
+                item = "average" if any(path.startswith("average/") for path in arrays) else "params"
+                weights = {path: entry for path, entry in arrays.items() if path.startswith(f"{item}/")}
+                check_fits(weights, {item: abstract}, f"checkpoint {step} of {self._folder}")
+                found = self._arrays(step, {item: abstract}, weights)[item]
             except Damaged as error:
                 damage.append((step, str(error)))
                 continue
@@ -251,8 +253,9 @@ def restore_params(run: Run) -> Any:
 
 
 def _items(state: TrainState) -> dict[str, Any]:
-    rest = {"step": state.step, "opt_state": state.opt_state, "rng": state.rng}
-    return {"params": state.params, "rest": rest}
+    rest = {"step": state.step, "opt_state": state.opt_state, "rng": state.rng, "guard": state.guard}
+    average = {} if state.average is None else {"average": state.average}
+    return {"params": state.params, **average, "rest": rest}
 
 
 @functools.cache

@@ -39,6 +39,9 @@ class MetricsLog:
         """Open the log of the run in ``workdir`` that goes on after ``step``."""
         self._path, self._writes = workdir / METRICS, jax.process_index() == 0
         self._seen: set[tuple] = set()
+        self._open(step)
+
+    def _open(self, step: int) -> None:
         if not self._writes:
             return
         lines = [line for line in _whole_lines(self._path) if line["step"] <= step]
@@ -46,7 +49,12 @@ class MetricsLog:
         with atomic(self._path) as file:
             file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
         self._file = open(self._path, "a")
-        self._events = SummaryWriter(str(workdir / EVENTS), purge_step=step + 1, write_to_disk=True)
+        self._events = SummaryWriter(str(self._path.parent / EVENTS), purge_step=step + 1, write_to_disk=True)
+
+    def rewind(self, step: int) -> None:
+        """Take back what was written after ``step``, from which the run goes on."""
+        self.close()
+        self._open(step)
 
     def write(self, step: int, split: str, values: dict[str, Any]) -> None:
         """Append a line, unless this very measurement is there already."""

@@ -9,21 +9,23 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from fastformer import compress
 from fastformer.core import config as configuration
 from fastformer.core.config import section
 from fastformer.core.errors import UserError
 from fastformer.core.mesh import use
 from fastformer.decode import GenerateConfig
-from fastformer.train import result, setup
+from fastformer.train import deployed, result, setup
 from fastformer.train.checkpoint import CheckpointConfig, Checkpoints, Restored
 from fastformer.train.evaluate import EvaluateConfig, Evaluation, decoded, make_evaluate
 from fastformer.train.logging import LogConfig, MetricsLog
 from fastformer.train.optimiser import make_optimiser
+from fastformer.train.precision import Plan
 from fastformer.train.progress import ProgressLine, clock
-from fastformer.train.session import Session, Times
+from fastformer.train.session import BadSteps, Session, Times
 from fastformer.train.setup import Run
-from fastformer.train.state import abstract_state, initial_state
-from fastformer.train.step import compile_train_step, put_batch
+from fastformer.train.state import TrainState, abstract_state, initial_state
+from fastformer.train.step import compile_all, put_batch
 from fastformer.train.stop import Stop, Stopped
 
 
@@ -47,6 +49,8 @@ def train(config: ConfigDict, workdir: Path | str, devices: list[jax.Device] | N
     ):
         section(owner, config, name)
     tx, schedule = make_optimiser(config)
+    Plan(config)
+    compress.build(config).check()
     workdir = setup.open_workdir(config, workdir)
     with setup.lock(workdir), Stop() as stop:
         try:
@@ -57,13 +61,13 @@ def train(config: ConfigDict, workdir: Path | str, devices: list[jax.Device] | N
             run = setup.build_run(config, workdir, devices)
             setup.keep_config(config, workdir)
             with use(run.mesh, run.rules):
-                _train(run, tx, schedule, stop)
+                _train(run, run.compression.optimiser(tx, run.model), schedule, stop)
         except Stopped:
             print("stopped, with nothing left to save; the same command goes on", flush=True)
 
 
 def _train(run: Run, tx: Any, schedule: Any, stop: Stop) -> None:
-    abstract = abstract_state(run, tx)
+    abstract, plan = abstract_state(run, tx), Plan(run.config)
     checkpoints = Checkpoints(run.workdir, run.config.checkpoint.keep)
     with contextlib.closing(checkpoints):
         restored = checkpoints.restore_latest(abstract)
@@ -78,7 +82,8 @@ def _train(run: Run, tx: Any, schedule: Any, stop: Stop) -> None:
             session = Session(
                 run=run,
                 stop=stop,
-                step_fn=compile_train_step(run, tx, schedule, abstract),
+                plan=plan,
+                programs=compile_all(run, tx, schedule, abstract, plan, deployed.frozen(run)),
                 checkpoints=checkpoints,
                 log=log,
                 line=line,
@@ -86,12 +91,13 @@ def _train(run: Run, tx: Any, schedule: Any, stop: Stop) -> None:
                 iterator=_iterator(run, restored.data if restored else None),
                 state=restored.state if restored else initial_state(run, tx, abstract),
                 step=step,
-                best=tuple(restored.progress["best"]) if restored and restored.progress["best"] else None,
+                best=_best(restored),
                 times=Times(**restored.progress["times"]) if restored else Times(),
+                rollbacks=restored.progress["rollbacks"] if restored else [],
             )
-            session.times.run += session.step_fn.seconds
+            session.times.run += sum(program.seconds for program in session.programs.values())
             session.marked = step, session.times.stepping
-            if _reach_the_end(session):
+            if _reach_the_end(session, abstract):
                 _finish(session)
 
 
@@ -116,32 +122,75 @@ def _iterator(run: Run, state: Any) -> Any:
     return iterator
 
 
-def _reach_the_end(s: Session) -> bool:
+def _best(restored: Restored | None) -> tuple[int, float] | None:
+    return tuple(restored.progress["best"]) if restored and restored.progress["best"] else None
+
+
+def _reach_the_end(s: Session, abstract: TrainState) -> bool:
     """Train to the last step; return False if asked to stop before."""
-    config = s.run.config
     s.stop.at_once = False
-    while s.step < config.train.steps:
-        s.state, metrics = s.step_fn.call(s.state, put_batch(s.run, next(s.iterator)))
-        s.step += 1
-        s.pending.append((s.step, metrics))
-        s.look()
-        last = s.step == config.train.steps
-        every = config.evaluate.every
-        better = _evaluate(s) if every and (last or s.step % every == 0) else False
-        stopping = s.stop.agreed()
-        if better or last or stopping or s.step % config.checkpoint.every == 0:
-            _save(s, wait=last or stopping)
-        if stopping:
-            s.line.say(f"stopped and saved at step {s.step}; the same command goes on from there")
-            return False
+    while s.step < s.run.config.train.steps:
+        try:
+            if not _advance(s):
+                return False
+        except BadSteps as bad:
+            _go_back(s, abstract, bad)
     s.stop.at_once = True  # all that is left can be done again from the last checkpoint
     return True
+
+
+def _advance(s: Session) -> bool:
+    """Make one more step, and what is due after it; return False if asked to stop."""
+    config = s.run.config
+    s.state, metrics = s.program.call(s.state, put_batch(s.run, next(s.iterator)))
+    s.step += 1
+    s.pending.append((s.step, metrics, s.iterator.get_state()))
+    s.look()
+    last = s.step == config.train.steps
+    every = config.evaluate.every
+    better = _evaluate(s) if every and (last or s.step % every == 0) else False
+    stopping = s.stop.agreed()
+    if better or last or stopping or s.step % config.checkpoint.every == 0:
+        s.look(all_of_them=True)
+        # What a run goes back to must come before the bad steps.
+        if not s.streak or last:
+            _save(s, wait=last or stopping)
+    if stopping:
+        where = "from its last checkpoint" if s.streak else "from there"
+        saved = " among skipped steps" if s.streak else " and saved"
+        s.line.say(f"stopped{saved} at step {s.step}; the same command goes on {where}")
+    return not stopping
+
+
+def _go_back(s: Session, abstract: TrainState, bad: BadSteps) -> None:
+    """Go on from the last good checkpoint, with the data that comes after the bad batches.
+
+    Raises:
+      UserError: there is none, or the run went back often enough.
+    """
+    again = len(s.rollbacks) >= s.run.config.train.rollbacks
+    s.checkpoints.wait()
+    restored = None if again else s.checkpoints.restore_latest(abstract)
+    if restored is None:
+        raise UserError(
+            f"config.optimiser.learning_rate: the loss of step {bad.step} is {bad.loss}, its gradient norm "
+            f"{bad.norm}, and {s.streak} steps in a row were skipped: training diverged"
+            + (f" after going back {len(s.rollbacks)} times (config.train.rollbacks)" if again else "")
+            + "; lower it, warm up longer (config.optimiser.warmup_steps) or clip (config.optimiser.clip)"
+        )
+    s.line.say(f"{s.streak} steps in a row were skipped: going back from step {bad.step} to {restored.step}")
+    s.rollbacks.append({"from": bad.step, "to": restored.step})
+    s.pending.clear()
+    s.iterator.set_state(bad.data)
+    s.log.rewind(restored.step)
+    s.state, s.step, s.best, s.last, s.streak = restored.state, restored.step, _best(restored), None, 0
+    s.marked = s.step, s.times.stepping
 
 
 def _evaluate(s: Session) -> bool:
     """Evaluate; return whether this is the best so far."""
     with s.pause():
-        found = s.evaluate(s.state.params, s.run.config.evaluate.rows)
+        found = s.evaluate(s.state.weights, s.run.config.evaluate.rows)
         s.last = s.step, found
         _write_heldout(s, found)
         metric = found.quality[s.run.task.metric]
@@ -162,6 +211,7 @@ def _save(s: Session, wait: bool) -> None:
         s.log.sync()
         sha256 = configuration.sha256(s.run.config)
         progress = {"best": s.best, "times": vars(s.times), "config_sha256": sha256}
+        progress["rollbacks"] = s.rollbacks
         s.checkpoints.save(s.state, s.iterator.get_state(), progress, s.best[0] if s.best else None)
         if wait:
             s.checkpoints.wait()
@@ -170,12 +220,13 @@ def _save(s: Session, wait: bool) -> None:
 def _finish(s: Session) -> None:
     """Evaluate the last weights on all held-out rows, and write what the run came to."""
     with s.pause():
+        weights = deployed.export(s.run, s.state.weights)
         known = s.last is not None and s.last[0] == s.step and not s.run.config.evaluate.rows
-        found = s.last[1] if known else s.evaluate(s.state.params, 0)
+        known = known and weights is s.state.weights
+        found = s.last[1] if known else s.evaluate(weights, 0)
         if not known:
             _write_heldout(s, found)
-        quality = found.quality | decoded(s.run, s.state.params)
-    written = result.write_result(
-        s.run, s.state, s.step_fn, quality, {"run": s.times.run, "stepping": s.times.stepping}
-    )
+        quality = found.quality | decoded(s.run, weights)
+    times = vars(s.times)
+    written = result.write_result(s.run, s.state, weights, s.program, quality, times, s.rollbacks)
     s.line.say(f"done in {clock(s.times.run)}; {written}")

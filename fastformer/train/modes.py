@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from fastformer import models, tasks
+from fastformer import compress, models, tasks
 from fastformer.core import config as configuration
 from fastformer.core.config import section
 from fastformer.core.errors import UserError
@@ -18,8 +18,7 @@ from fastformer.data.atomic import make_directory
 from fastformer.data.sources import SOURCES, split_source
 from fastformer.decode import GenerateConfig
 from fastformer.report.benchmark import run_benchmark
-from fastformer.train import loop, setup
-from fastformer.train.checkpoint import restore_params
+from fastformer.train import deployed, loop, setup
 from fastformer.train.evaluate import completer
 from fastformer.train.evaluate import evaluate as measure
 
@@ -37,9 +36,9 @@ def benchmark(config: ConfigDict, workdir: Path, asked: Asked) -> None:
 
 
 def evaluate(config: ConfigDict, workdir: Path, asked: Asked) -> None:
-    """Print the metrics of the run's best weights on all of the held-out split, as JSON."""
+    """Print the metrics of the run's weights, best or as stored, on all of the held-out split, as JSON."""
     run = setup.build_run(config, workdir)
-    params = restore_params(run)
+    params = deployed.restore(run)
     print(json.dumps(measure(run, params) | run.data.yardsticks(), indent=2))
 
 
@@ -51,9 +50,10 @@ def generate(config: ConfigDict, workdir: Path, asked: Asked) -> None:
     task.check_asked(asked)
     tokeniser = load_tokeniser(workdir)
     mesh, axis_rules = make_mesh(section(MeshConfig, config, "mesh")), rules(config.sharding)
-    model = models.build(config, tokeniser.size, config.data.length, task.head)
-    run = setup.Run(config, workdir, mesh, axis_rules, None, model, task)
-    params = restore_params(run)
+    compression = compress.build(config)
+    model = compression.model(models.build(config, tokeniser.size, config.data.length, task.head))
+    run = setup.Run(config, workdir, mesh, axis_rules, None, model, task, compression)
+    params = deployed.restore(run)
     with use(mesh, axis_rules):
         found = task.respond(completer(run, params), tokeniser, asked, model, params)
     for index, text in enumerate(found):

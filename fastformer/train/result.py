@@ -9,30 +9,29 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
-from safetensors.numpy import save as to_safetensors
 
+from fastformer.compress.store import WEIGHTS
 from fastformer.core import config as configuration
-from fastformer.core.trees import count, paths
+from fastformer.core.trees import count
 from fastformer.data.atomic import atomic
 from fastformer.decode import decode_tokens_per_second
 from fastformer.report.cost import flops, state_bytes
 from fastformer.report.run_report import REPORT, write_report
+from fastformer.train import deployed
 from fastformer.train.checkpoint import FOLDER
 from fastformer.train.evaluate import completer
 from fastformer.train.setup import Run
 from fastformer.train.state import TrainState
 from fastformer.train.step import CompiledStep, abstract_batch
 
-RESULT, WEIGHTS = "result.json", "weights.safetensors"
+RESULT = "result.json"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -66,21 +65,25 @@ def _read(workdir: Path) -> dict[str, Any]:
 def write_result(
     run: Run,
     state: TrainState,
+    weights: Any,
     step_fn: CompiledStep,
     quality: Mapping[str, float],
     times: Mapping[str, float],
+    rollbacks: Sequence[Mapping[str, int]] = (),
 ) -> Path:
     """Write the last weights as safetensors, then ``result.json``, then the report; return the report's path.
 
     Args:
+      weights: of ``state``, as deployed.
       quality: of the last weights on the whole held-out split.
       times: seconds of the ``run``, and of its ``stepping`` alone.
+      rollbacks: from which step the run went back to which.
     """
     config, step = run.config, int(state.step)
     tokens = config.train.batch * config.data.length
     decodes = hasattr(run.model, "init_state")
-    samples = run.task.samples(completer(run, state.params), run.data, config.generate.prompt)
-    weights = to_safetensors(_gathered(state.params))
+    samples = run.task.samples(completer(run, weights), run.data, config.generate.prompt)
+    stored = deployed.to_bytes(run, weights)
     abstract = jax.eval_shape(lambda: state)
     found = {
         "name": config.name,
@@ -91,13 +94,15 @@ def write_result(
         "yardsticks": run.data.yardsticks(),
         "samples": samples,
         "parameters": count(state.params),
-        "bytes_on_disk": len(weights),
+        "bytes_on_disk": len(stored),
         "train_tokens_per_second": step * tokens / max(times["stepping"], 1e-9),
-        "decode_tokens_per_second": decode_tokens_per_second(run.model, state.params) if decodes else None,
+        "decode_tokens_per_second": decode_tokens_per_second(run.model, weights) if decodes else None,
         "state_bytes": state_bytes(run.model, config.data.length) if decodes else None,
         "flops_per_token": flops(step_fn.traced, abstract, abstract_batch(run)) // tokens,
         "peak_memory_bytes": peak_memory_bytes(run.mesh, step_fn),
         "wall_seconds": times["run"],
+        "skipped_steps": int(state.guard.skipped),
+        "rollbacks": list(rollbacks),
         "config_sha256": configuration.sha256(config),
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in PACKAGES},
@@ -106,18 +111,11 @@ def write_result(
         "command": shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]]),
     }
     if jax.process_index() == 0:
-        for name, content in ((WEIGHTS, weights), (RESULT, (json.dumps(found, indent=2) + "\n").encode())):
+        for name, content in ((WEIGHTS, stored), (RESULT, (json.dumps(found, indent=2) + "\n").encode())):
             with atomic(run.workdir / name) as file:
                 file.write(content)
         write_report(run.workdir)
     return run.workdir / REPORT
-
-
-def _gathered(params: Any) -> dict[str, np.ndarray]:
-    """Return every whole array by its path; each process gets all."""
-    if jax.process_count() > 1:
-        params = multihost_utils.process_allgather(params, tiled=True)
-    return {path: np.asarray(x) for path, x in paths(params).items()}
 
 
 def peak_memory_bytes(mesh: Mesh, step_fn: CompiledStep) -> int:

@@ -15,21 +15,17 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from fastformer import models, tasks
+from fastformer import compress, models, tasks
 from fastformer.core import config as configuration
-from fastformer.core.config import section
-from fastformer.core.errors import UserError, nearest, require
+from fastformer.core.config import CONFIG, section
+from fastformer.core.errors import UserError, require
 from fastformer.core.mesh import MeshConfig, check_divisible, make_mesh, rules
 from fastformer.data import DataConfig
 from fastformer.data.atomic import atomic
 from fastformer.data.pipeline import RECORD
 from fastformer.data.tokenisers import FILE as TOKENISER
 
-CONFIG, LOCK = "config.json", ".lock"
-SECTIONS = (
-    "name", "seed", "task", "data", "model", "train", "optimiser", "evaluate", "checkpoint", "log", "mesh",
-    "sharding", "generate", "benchmark",
-)  # fmt: skip
+LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -39,14 +35,31 @@ class TrainConfig:
     Attributes:
       steps: optimiser steps of the whole run.
       batch: B, rows a step over all devices.
+      accumulate: parts of the batch that go through the model one after another.
+      precision, precision_cycles: which steps are made in which policy (train.precision).
+      spike: standard deviations above its average at which a loss is a spike; 0 is off.
+      bad_steps: skipped in a row before the run goes back to its last good checkpoint.
+      rollbacks: how often it may.
     """
 
     steps: int
     batch: int
+    accumulate: int
+    precision: tuple[tuple, ...]
+    precision_cycles: int
+    spike: float
+    bad_steps: int
+    rollbacks: int
 
     def __post_init__(self) -> None:
-        for field in ("steps", "batch"):
+        for field in ("steps", "batch", "accumulate", "bad_steps"):
             require(getattr(self, field) >= 1, field, getattr(self, field), "1 or more")
+        # A batch of a million rows is a slip of the hand, which would end as a lack of memory.
+        require(self.batch <= 2**20, "batch", self.batch, f"at most {2**20:,}")
+        for field in ("spike", "rollbacks"):
+            require(getattr(self, field) >= 0, field, getattr(self, field), "0 or more")
+        allowed = f"a number of parts that divides config.train.batch, {self.batch}"
+        require(self.batch % self.accumulate == 0, "accumulate", self.accumulate, allowed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,8 +71,9 @@ class Run:
       workdir: of the run.
       mesh, rules: devices, and the letters split over them (core.mesh).
       data: the two splits, as data.TextData and data.Examples have them.
-      model: the linen module.
+      model: the linen module, as the compression methods change it.
       task: what a batch, the loss and the metric are.
+      compression: the methods that the run is made smaller by, none or more.
     """
 
     config: ConfigDict
@@ -69,6 +83,7 @@ class Run:
     data: Any
     model: nn.Module
     task: tasks.Task
+    compression: compress.Compression = compress.Compression()
 
 
 def build_run(config: ConfigDict, workdir: Path | str, devices: list[jax.Device] | None = None) -> Run:
@@ -79,31 +94,28 @@ def build_run(config: ConfigDict, workdir: Path | str, devices: list[jax.Device]
     Raises:
       UserError: a value cannot be, sizes do not split over the devices, or the text is not there.
     """
-    for key in config:
-        if key not in SECTIONS:
-            raise UserError(
-                f"config.{key}: no such key{nearest(key, SECTIONS)} (keys: {', '.join(SECTIONS)})"
-            )
-    require(config.seed >= 0, "config.seed", config.seed, "0 or more")
+    configuration.check_sections(config)
+    require(0 <= config.seed < 2**63, "config.seed", config.seed, "from 0 to 2**63 - 1")
     section(TrainConfig, config, "train")
     data_config = section(DataConfig, config, "data")
     mesh = make_mesh(section(MeshConfig, config, "mesh"), devices)
     axis_rules = rules(config.sharding)
-    task = tasks.build(config)
-    models.build(config, 1, data_config.length, task.head)
+    task, compression = tasks.build(config), compress.build(config)
+    compression.model(models.build(config, 1, data_config.length, task.head))
     workdir = Path(workdir)
     data = task.open(data_config, workdir, config)
     model = models.build(config, data.vocabulary, data_config.length, task.head)
     _check_sizes(config, data.vocabulary, mesh, axis_rules)
-    return Run(config, workdir, mesh, axis_rules, data, model, task)
+    return Run(config, workdir, mesh, axis_rules, data, compression.model(model), task, compression)
 
 
 def _check_sizes(config: ConfigDict, vocabulary: int, mesh: Mesh, axis_rules: Any) -> None:
     """Check that batches and weights split evenly over the mesh."""
     model = section(models.ModelConfig, config, "model")
     bpe = config.data.tokeniser == "bpe"
+    batch = "train.batch" if config.train.accumulate == 1 else "train.batch / config.train.accumulate"
     sizes = {
-        "B": ("train.batch", config.train.batch),
+        "B": (batch, config.train.batch // config.train.accumulate),
         "T": ("data.length", config.data.length),
         "D": ("model.width", model.width),
         "H": ("model.heads", model.heads),

@@ -13,12 +13,15 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from fastformer.core.dtypes import POLICIES, Policy
 from fastformer.core.mesh import batch_sharding
-from fastformer.train.optimiser import Schedule
+from fastformer.train.gradients import NOTHING, Batch, make_gradients
+from fastformer.train.guard import judge
+from fastformer.train.precision import Plan, in_policy
+from fastformer.train.schedules import Schedule
 from fastformer.train.setup import Run
 from fastformer.train.state import TrainState
 
-Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
 
@@ -40,51 +43,82 @@ class CompiledStep:
 
 
 def make_train_step(
-    run: Run, tx: optax.GradientTransformation, schedule: Schedule
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Return the step as a plain function ``(state, batch) -> (state, metrics)``.
+    run: Run, tx: optax.GradientTransformation, schedule: Schedule, policy: Policy
+) -> Callable[[TrainState, Batch, Mapping[str, Any]], tuple[TrainState, Metrics]]:
+    """Return the step as a plain function ``(state, batch, frozen) -> (state, metrics)``.
+
+    ``frozen`` is what compression's losses read besides the batch.
 
     The loss is in nats per target over the whole batch of all devices; ``metrics`` holds ``loss``
-    and ``targets`` of the batch, the ``gradient_norm`` before clipping and the ``learning_rate``.
+    and ``targets`` of the batch, the ``gradient_norm`` before clipping, the ``learning_rate``,
+    whether the step was ``taken`` (else the weights stay as they were), the ``streak`` of those that
+    were not, their number ``skipped``, and with a scaled policy the ``loss_scale``.
     """
+    gradients_of, decay, spike = make_gradients(run), run.config.optimiser.average, run.config.train.spike
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def train_step(
+        state: TrainState, batch: Batch, frozen: Mapping[str, Any] = NOTHING
+    ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-
-        def mean_loss(params: Any) -> tuple[jax.Array, jax.Array]:
-            nats, targets = run.task.loss(run.model, params, batch, key)
-            return nats / jnp.maximum(targets, 1), targets
-
-        (loss, targets), gradients = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
-        updates, opt_state = tx.update(gradients, state.opt_state, state.params)
+        scale = state.guard.scale if policy.scaled else 1.0
+        found = gradients_of(state.params, batch, key, scale, state.step, frozen)
+        norm = optax.tree.norm(found.mean)
+        taken, guard = judge(state.guard, found.loss, norm, policy.scaled, spike)
+        updates, opt_state = tx.update(found.mean, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        average = _averaged(state, params, decay) if decay else None
         metrics = {
-            "loss": loss,
-            "targets": targets,
-            "gradient_norm": optax.tree.norm(gradients),
-            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            "loss": found.loss,
+            "targets": found.targets,
+            "gradient_norm": norm,
+            # A step that is not taken does not count: the schedule waits, as the optimiser does.
+            "learning_rate": jnp.asarray(schedule(state.step - state.guard.skipped), jnp.float32),
+            "taken": taken,
+            "streak": guard.streak,
+            "skipped": guard.skipped,
         }
-        return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+        metrics |= {"loss_scale": state.guard.scale} if policy.scaled else {}
+        new, old = (params, opt_state, average), (state.params, state.opt_state, state.average)
+        params, opt_state, average = jax.tree.map(lambda a, b: jnp.where(taken, a, b), new, old)
+        return TrainState(state.step + 1, params, opt_state, state.rng, guard, average), metrics
 
     return train_step
 
 
+def _averaged(state: TrainState, params: Any, decay: float) -> Any:
+    """Return the average after one more update; it follows quickly while there are few."""
+    made = state.step.astype(jnp.float32)
+    return optax.incremental_update(params, state.average, 1 - jnp.minimum(decay, (1 + made) / (10 + made)))
+
+
 def jit_train_step(
-    run: Run, tx: optax.GradientTransformation, schedule: Schedule, abstract: TrainState
+    run: Run, tx: optax.GradientTransformation, schedule: Schedule, abstract: TrainState, policy: str = ""
 ) -> Any:
-    """Return the jitted step; what comes out lies on the mesh as what went in."""
+    """Return the jitted step in a policy (default: model.dtype); the state stays where it is on the mesh."""
+    name = policy or run.config.model.dtype
     layout = jax.tree.map(lambda x: x.sharding, abstract)
     whole = NamedSharding(run.mesh, PartitionSpec())
-    return jax.jit(make_train_step(run, tx, schedule), donate_argnums=0, out_shardings=(layout, whole))
+    step = make_train_step(in_policy(run, name), tx, schedule, POLICIES[name])
+    return jax.jit(step, donate_argnums=0, out_shardings=(layout, whole))
 
 
 def compile_train_step(
-    run: Run, tx: optax.GradientTransformation, schedule: Schedule, abstract: TrainState
+    run: Run,
+    tx: optax.GradientTransformation,
+    schedule: Schedule,
+    abstract: TrainState,
+    policy: str = "",
+    frozen: Mapping[str, Any] = NOTHING,
 ) -> CompiledStep:
-    """Return the step compiled for the batches of ``run``; within core.mesh.use."""
+    """Return the step compiled for the batches of ``run``, with ``frozen`` in it; within core.mesh.use.
+
+    Args:
+      policy: a row of core.dtypes.POLICIES; "" is model.dtype.
+    """
+    frozen = dict(frozen)
     start = time.perf_counter()
-    lowered = jit_train_step(run, tx, schedule, abstract).lower(abstract, abstract_batch(run))
-    compiled = lowered.compile()
+    step = jit_train_step(run, tx, schedule, abstract, policy)
+    compiled = step.lower(abstract, abstract_batch(run), frozen).compile()
     plan = compiled.memory_analysis()
     # Donated arguments are counted among the results too.
     memory = (
@@ -94,8 +128,23 @@ def compile_train_step(
         + plan.temp_size_in_bytes
     )
     return CompiledStep(
-        compiled, make_train_step(run, tx, schedule), time.perf_counter() - start, int(memory)
+        lambda state, batch: compiled(state, batch, frozen),
+        lambda state, batch: step(state, batch, frozen),
+        time.perf_counter() - start,
+        int(memory),
     )
+
+
+def compile_all(
+    run: Run,
+    tx: optax.GradientTransformation,
+    schedule: Schedule,
+    abstract: TrainState,
+    plan: Plan,
+    frozen: Mapping[str, Any],
+) -> dict[str, CompiledStep]:
+    """Return the step compiled in every policy of the plan, once each; within core.mesh.use."""
+    return {name: compile_train_step(run, tx, schedule, abstract, name, frozen) for name in plan.names}
 
 
 def abstract_batch(run: Run) -> dict[str, jax.ShapeDtypeStruct]:

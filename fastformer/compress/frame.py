@@ -1,0 +1,118 @@
+"""The frame: methods that a configuration names, one after another behind the same four hooks."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import optax
+from ml_collections import ConfigDict
+
+from fastformer.compress.method import Calibration, Loss, Method, Place, at
+from fastformer.compress.table import METHODS
+from fastformer.core.config import section
+from fastformer.core.errors import FieldError, UserError, lookup, nearest
+
+__all__ = ["Compression", "Loss", "Method", "at", "build"]
+
+
+@dataclass(frozen=True)
+class Compression:
+    """The methods of a run.
+
+    Attributes:
+      methods: ``(name, method)``, in the order in which their hooks are called.
+    """
+
+    methods: tuple[tuple[str, Method], ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.methods)
+
+    def check(self) -> None:
+        """Look, before anything is read, whether there is what training needs.
+
+        Raises:
+          UserError: there is not.
+        """
+        for name, method in self.methods:
+            with _named(name):
+                method.check()
+
+    def frozen(self, model: Any, tokeniser: Any, place: Place) -> dict[str, Any]:
+        """Return the arrays that losses read and nothing trains, by the methods' names.
+
+        Raises:
+          UserError: they do not fit the model or the text.
+        """
+        found = {}
+        for name, method in self.methods:
+            with _named(name):
+                found[name] = method.frozen(model, tokeniser, place)
+        return {name: value for name, value in found.items() if value is not None}
+
+    def model(self, model: Any) -> Any:
+        """Return the model to train, evaluate and decode with.
+
+        Raises:
+          UserError: a method does not fit the model.
+        """
+        for name, method in self.methods:
+            with _named(name):
+                model = method.on_model(model)
+        return model
+
+    def loss(self, loss: Loss) -> Loss:
+        """Return the loss to train by."""
+        for _, method in self.methods:
+            loss = method.on_loss(loss)
+        return loss
+
+    def optimiser(self, tx: optax.GradientTransformation, model: Any) -> optax.GradientTransformation:
+        """Return the optimiser to train ``model`` with."""
+        for _, method in self.methods:
+            tx = method.on_optimiser(tx, model)
+        return tx
+
+    def export(self, model: Any, params: Any, calibration: Calibration) -> Any:
+        """Return the weights to deploy, which ``model`` runs from as it does from ``params``.
+
+        Raises:
+          UserError: a method cannot finish on these weights or this text.
+        """
+        for name, method in self.methods:
+            with _named(name):
+                params = method.on_export(model, params, calibration)
+        return params
+
+
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Put the method's section before the field of an error."""
+    try:
+        yield
+    except FieldError as error:
+        raise UserError(f"config.compress.{name}.{error.field}: {error.message}") from error
+
+
+def build(config: ConfigDict) -> Compression:
+    """Return the methods that the section ``compress`` names; every section is checked, named or not.
+
+    Raises:
+      UserError: an unknown method or key, a value that cannot be, or a method named twice.
+    """
+    known = ("methods", *METHODS)
+    for key in config.compress:
+        if key not in known:
+            raise UserError(
+                f"config.compress.{key}: no such key{nearest(key, known)} (keys: {', '.join(known)})"
+            )
+    owned = {name: section(cls, config, f"compress.{name}") for name, cls in METHODS.items()}
+    names = tuple(config.compress.methods)
+    for name in names:
+        lookup(METHODS, name, "config.compress.methods")
+        if names.count(name) > 1:
+            raise UserError(f"config.compress.methods: {name} is named {names.count(name)} times")
+    return Compression(tuple((name, owned[name]) for name in names))
