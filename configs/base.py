@@ -82,11 +82,13 @@ def get_config() -> ConfigDict:
 
     c.compress = ConfigDict()
     c.compress.methods = ()  # rows of fastformer.compress.METHODS, in the order in which they are applied
+    c.compress.batches = 8  # of training text that gptq, awq, wanda and sparsegpt look at
     c.compress.quantise = ConfigDict()
     c.compress.quantise.format = "int8"  # int8_weights, int4, fp8, float: of matrices that no rule names
     c.compress.quantise.rules = ()  # ("embedding=int8", ".*/mlp/.*=int4"): paths=format; the first counts
     c.compress.quantise.group = 0  # inputs that share a scale where inputs stay float; 0 is all of an output
     c.compress.quantise.start = 0  # steps in float before the rounding; train.steps is rounding at the end
+    c.compress.quantise.rounding = "nearest"  # or gptq, awq: of what is stored in the end
     c.compress.prune = ConfigDict()
     c.compress.prune.sparsity = 0.5  # fraction of the weights of the pruned matrices that end as zeros
     c.compress.prune.pattern = ""  # "2:4" keeps 2 of every 4 inputs of an output, in place of sparsity
@@ -95,6 +97,7 @@ def get_config() -> ConfigDict:
     c.compress.prune.start = 0  # updates before the first zeros
     c.compress.prune.end = 0  # updates when the last come, cubically fewer at a time; 0 is all at the start
     c.compress.prune.every = 10  # updates between
+    c.compress.prune.score = "magnitude"  # or wanda, sparsegpt: once, at the end of the run
     c.compress.distil = ConfigDict()
     c.compress.distil.teacher = ""  # workdir of a finished run with the same tokeniser
     c.compress.distil.divergence = "forward"  # KL of the next token; or reverse, jensen_shannon

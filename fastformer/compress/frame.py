@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from fastformer.compress.method import Calibration, Loss, Method, Place, at
 from fastformer.compress.table import METHODS
 from fastformer.core.config import section
-from fastformer.core.errors import FieldError, UserError, lookup, nearest
+from fastformer.core.errors import FieldError, UserError, lookup, nearest, require
 
 __all__ = ["Compression", "Loss", "Method", "at", "build"]
 
@@ -103,12 +103,13 @@ def build(config: ConfigDict) -> Compression:
     Raises:
       UserError: an unknown method or key, a value that cannot be, or a method named twice.
     """
-    known = ("methods", *METHODS)
+    known = ("methods", "batches", *METHODS)
     for key in config.compress:
         if key not in known:
             raise UserError(
                 f"config.compress.{key}: no such key{nearest(key, known)} (keys: {', '.join(known)})"
             )
+    require(config.compress.batches >= 1, "config.compress.batches", config.compress.batches, "1 or more")
     owned = {name: section(cls, config, f"compress.{name}") for name, cls in METHODS.items()}
     names = tuple(config.compress.methods)
     for name in names:

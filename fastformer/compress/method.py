@@ -20,7 +20,7 @@ class Calibration:
     """Text on which a finished model is looked at before it is stored.
 
     Attributes:
-      batches: returns training batches, always the same.
+      batches: returns some training batches, always the same.
       loss: of the task.
     """
 

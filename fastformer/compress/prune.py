@@ -13,13 +13,17 @@ import jax.numpy as jnp
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from fastformer.compress.calibrate import Inputs, Text, by_stages
 from fastformer.compress.masks import above_global, above_matrix, n_of_m
 from fastformer.compress.method import Calibration, Method
 from fastformer.compress.numerics import is_stored
+from fastformer.compress.quantised import without_rounding
 from fastformer.compress.sites import Site, matching, sites
+from fastformer.compress.sparsify import by_sparsegpt, by_wanda
 from fastformer.core.errors import FieldError, lookup, require
 
 SCOPES = {"global": above_global, "matrix": above_matrix}
+SCORES = {"magnitude": None, "wanda": by_wanda, "sparsegpt": by_sparsegpt}
 
 
 class PruneState(NamedTuple):
@@ -46,11 +50,12 @@ class Prune(Method):
     Attributes:
       sparsity: s_f, the fraction that ends as zeros.
       pattern: "N:M" keeps N of every M neighbouring inputs of an output; "" is by sparsity.
-      scope: "global" or "matrix", among which weights the least are found.
+      scope: "global" or "matrix", among which weights the least are found, by magnitude.
       matrices: regular expressions over parameter paths; none is all matrices but those that methods
         leave alone.
       start: t_0, updates before the first zeros. end: t_0 + n dt, when the last come; 0 is ``start``.
       every: dt.
+      score: a row of SCORES. All but magnitude are known from text: they prune once, at the end of the run.
 
     Raises:
       FieldError: a value that cannot be.
@@ -63,8 +68,14 @@ class Prune(Method):
     start: int
     end: int
     every: int
+    score: str
 
     def __post_init__(self) -> None:
+        lookup(SCORES, self.score, "score")
+        if self.calibrated:
+            for field in ("start", "end"):
+                allowed = f"0 with score {self.score}, which prunes at the end of the run alone"
+                require(getattr(self, field) == 0, field, getattr(self, field), allowed)
         require(0 < self.sparsity < 1, "sparsity", self.sparsity, "above 0 and below 1")
         lookup(SCOPES, self.scope, "scope")
         require(self.start >= 0, "start", self.start, "0 or more")
@@ -74,6 +85,11 @@ class Prune(Method):
         if self.pattern:
             n, m = self.kept_of
             require(0 < n < m, "pattern", self.pattern, "N:M with 0 < N < M, as in 2:4")
+
+    @property
+    def calibrated(self) -> bool:
+        """Return whether text says which weights go."""
+        return self.score != "magnitude"
 
     @property
     def kept_of(self) -> tuple[int, int]:
@@ -92,6 +108,8 @@ class Prune(Method):
 
     def on_optimiser(self, tx: optax.GradientTransformation, model: Any) -> optax.GradientTransformation:
         """Return the optimiser that makes weights zeros as the schedule says, and keeps them so."""
+        if self.calibrated:
+            return tx
         found = self.chosen(model)
 
         def init(params: Any) -> PruneState:
@@ -125,6 +143,13 @@ class Prune(Method):
         if any(is_stored(leaf) for leaf in flat.values()):
             raise FieldError("sparsity", "what is quantised is not pruned; name prune before quantise")
         found = self.chosen(model)
+        if self.calibrated:
+            sparser = SCORES[self.score]
+
+            def change(site: Site, weight: jax.Array, inputs: Inputs) -> jax.Array:
+                return sparser(site, weight, inputs, self.sparsity, self.kept_of)
+
+            return by_stages(Text(calibration), lambda _: without_rounding(model), params, found, change)
 
         @jax.jit
         def pruned(params: Any) -> Any:

@@ -7,23 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import flax.linen as nn
-import jax
-
-from fastformer.compress.method import Calibration, Method, Wrapped
-from fastformer.compress.numerics import (
-    FORMATS,
-    Format,
-    dequantise,
-    is_stored,
-    linear,
-    quantise_weight,
-    replace_leaves,
-    straight_through,
-)
+from fastformer.compress.method import Calibration, Method
+from fastformer.compress.numerics import FORMATS, Format
+from fastformer.compress.quantised import Quantised
+from fastformer.compress.rounding import ROUNDINGS
 from fastformer.compress.sites import Site, matching, sites
 from fastformer.core.errors import FieldError, lookup, require
-from fastformer.core.layers import Linear
 
 
 @dataclass(frozen=True)
@@ -39,6 +28,7 @@ class Quantise(Method):
         matches counts.
       group: inputs that share a scale in formats that leave inputs float; 0 is one scale an output.
       start: updates in float before the rounding begins; at all steps of the run, it is at the end alone.
+      rounding: a row of ROUNDINGS, of what is stored in the end.
 
     Raises:
       FieldError: an unknown format, or a rule that cannot be read.
@@ -48,9 +38,11 @@ class Quantise(Method):
     rules: tuple[str, ...]
     group: int
     start: int
+    rounding: str
 
     def __post_init__(self) -> None:
         lookup(FORMATS, self.format, "format")
+        lookup(ROUNDINGS, self.rounding, "rounding")
         for field in ("group", "start"):
             require(getattr(self, field) >= 0, field, getattr(self, field), "0 or more")
         for index, rule in enumerate(self.rules):
@@ -70,12 +62,7 @@ class Quantise(Method):
 
     def on_export(self, model: Any, params: Any, calibration: Calibration) -> Any:
         """Return the weights with those that are quantised as ``QArray``: integers and their scales."""
-        forms = {site.path: (site, form) for site, form in self.on_model(model).forms}
-
-        def one(path: str, weight: jax.Array) -> Any:
-            return quantise_weight(weight, *forms[path]) if path in forms else weight
-
-        return jax.jit(lambda params: replace_leaves(params, one))(params)
+        return ROUNDINGS[self.rounding](model, params, calibration)
 
     def forms(self, found: Mapping[str, Site]) -> dict[str, Format]:
         """Return the format of every matrix that is quantised, by its path."""
@@ -99,50 +86,3 @@ class Quantise(Method):
         if inputs % self.group:
             raise FieldError("group", f"{self.group} does not divide the {inputs} inputs of {site.path}")
         return dataclasses.replace(form, group=self.group)
-
-
-@dataclass(frozen=True)
-class Quantised(Wrapped):
-    """A model whose linear maps are rounded, from float weights or from stored ones.
-
-    Attributes:
-      forms: (site, format) of every matrix that is rounded.
-      start: updates before it begins.
-      active: whether it has, True or a traced boolean.
-    """
-
-    forms: tuple[tuple[Site, Format], ...]
-    start: int = 0
-    active: Any = True
-
-    def at(self, step: jax.Array) -> Quantised:
-        """Return the model as it is trained after ``step`` updates."""
-        active = step >= self.start if self.start else True
-        return dataclasses.replace(super().at(step), active=active)
-
-    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
-        """Return the outputs, as ``linen.Module.apply``."""
-        forms, args = {site.path: (site, form) for site, form in self.forms}, list(args)
-
-        def table(path: str, weight: Any) -> Any:
-            if path not in forms or not forms[path][0].table:
-                return weight
-            if is_stored(weight):
-                # Tied to the tokens, for the same reason as in numerics.linear.
-                args[0], weight = jax.lax.optimization_barrier((args[0], weight))
-                return dequantise(weight)
-            return straight_through(weight, dequantise(quantise_weight(weight, *forms[path])), self.active)
-
-        def rounded(next_call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-            module, path = context.module, "/".join((*context.module.path, "weight"))
-            mine = isinstance(module, Linear) and context.method_name == "__call__" and path in forms
-            if not mine or forms[path][0].table:
-                return next_call(*args, **kwargs)
-            site, form = forms[path]
-            one = dataclasses.replace(site, shape=module.shape)  # of scanned layers, the one at work
-            weight = module.get_variable("params", "weight")
-            return linear(one, module.dtype, args[0], weight, form, self.active)
-
-        params = replace_leaves(variables["params"], table)
-        with nn.intercept_methods(rounded):
-            return self.inner.apply({**variables, "params": params}, *args, **kwargs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
+from itertools import islice
 from typing import Any
 
 import flax.linen as nn
@@ -50,7 +51,7 @@ def export(run: Run, params: Any) -> Any:
         return params
 
     def batches():
-        return (put_batch(run, batch) for batch in _first_batches(run))
+        return (put_batch(run, batch) for batch in islice(_first_batches(run), run.config.compress.batches))
 
     return run.compression.export(run.model, params, Calibration(batches, run.task.loss))
 
