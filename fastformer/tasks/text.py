@@ -46,11 +46,15 @@ class Text(NextToken):
         return diversity(answers(complete, data.tokeniser, beginnings)) if texts else {}
 
     def samples(self, complete, data, prompt):
-        return self.respond(complete, data.tokeniser, {"prompt": [prompt]})
+        return continued(complete, data.tokeniser, [prompt])
 
     def respond(self, complete, tokeniser, asked, model, params):
-        prompts = asked["prompt"]
-        return [prompt + text for prompt, text in zip(prompts, answers(complete, tokeniser, prompts))]
+        return continued(complete, tokeniser, asked["prompt"])
+
+
+def continued(complete, tokeniser, prompts) -> list[str]:
+    """Return each prompt and what follows it."""
+    return [prompt + text for prompt, text in zip(prompts, answers(complete, tokeniser, prompts))]
 
 
 def answers(complete, tokeniser, prompts) -> list[str]:
