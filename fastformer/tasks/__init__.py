@@ -11,6 +11,7 @@ from fastformer.tasks.copy import Copy
 from fastformer.tasks.digits import Digits
 from fastformer.tasks.induction import Induction
 from fastformer.tasks.listops import ListOps
+from fastformer.tasks.mlm import MLM
 from fastformer.tasks.qa import QA
 from fastformer.tasks.recall import Recall
 from fastformer.tasks.task import Task, check_fits
@@ -22,6 +23,7 @@ __all__ = ["TASKS", "Task", "build"]
 TASKS: dict[str, type[Task]] = {
     "text": Text,
     "code": Code,
+    "mlm": MLM,
     "recall": Recall,
     "copy": Copy,
     "induction": Induction,

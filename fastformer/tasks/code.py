@@ -7,11 +7,17 @@ import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
-from fastformer.core.errors import require
+from fastformer.core.errors import UserError, require
+from fastformer.data import open_data
+from fastformer.data.changed import InfilledText
+from fastformer.data.changed import asked as before_middle
 from fastformer.tasks.sandbox import passes
 from fastformer.tasks.text import Text, answers
+
+HOLE = "<hole>"  # in a prompt: what is to be filled in
 
 
 class Function(NamedTuple):
@@ -28,17 +34,38 @@ class Code(Text):
 
     Attributes:
       functions: completed for the fraction that parses and the exact match of the first line; 0 is none.
+      infill: fraction of the documents that are trained on with their middle last, so that a hole can be
+        filled in (Bavarian et al. 2022, 2207.14255).
       run_doctests: run the doctests of completions in a process without rights (tasks/sandbox.py); only
         functions that need nothing but themselves can pass.
     """
 
     name: str = "code"
     functions: int = 32
+    infill: float = 0.0
     run_doctests: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.functions >= 0, "functions", self.functions, "0 (none) or more")
+        require(0 <= self.infill <= 1, "infill", self.infill, "from 0 to 1")
+
+    def open(self, data, workdir, config):
+        if not self.infill:
+            return super().open(data, workdir, config)
+        return open_data(data, workdir, partial(InfilledText, fraction=self.infill))
+
+    def respond(self, complete, tokeniser, asked, model, params):
+        prompts = asked["prompt"]
+        holes = [prompt for prompt in prompts if HOLE in prompt]
+        if not holes:
+            return super().respond(complete, tokeniser, asked, model, params)
+        if not self.infill or len(holes) < len(prompts) or any(p.count(HOLE) > 1 for p in holes):
+            raise UserError(
+                f"--prompt: {HOLE} is for models trained with config.task.infill, once in each prompt"
+            )
+        sides = [prompt.split(HOLE) for prompt in prompts]
+        return [a + text + b for (a, b), text in zip(sides, filled(complete, tokeniser, sides))]
 
     def decoded(self, complete, data, limit):
         found = super().decoded(complete, data, limit)
@@ -48,12 +75,34 @@ class Code(Text):
         chosen = every[: self.functions]
         if chosen:
             found |= judged(chosen, answers(complete, data.tokeniser, [f.prompt for f in chosen]))
+        if chosen and self.infill:
+            holes = [hole(f) for f in chosen]
+            lines = filled(complete, data.tokeniser, [(a, b) for a, _, b in holes])
+            same = sum(line.strip() == wanted.strip() for line, (_, wanted, _) in zip(lines, holes))
+            found |= {"infilled_line_exact": same / len(chosen)}
         tested = [f for f in every if f.tested][: self.functions] if self.run_doctests else []
         if tested:
             bodies = answers(complete, data.tokeniser, [f.prompt for f in tested])
             done = [passes(f.prompt + cut(body)) for f, body in zip(tested, bodies)]
             found |= {"doctests_pass": sum(done) / len(done), "functions_tested": float(len(done))}
         return found
+
+
+def filled(complete, tokeniser, sides: Sequence[Sequence[str]]) -> list[str]:
+    """Return what a model puts between the two texts of each."""
+    rows = [
+        [tokeniser.eod, *before_middle(tokeniser.encode(before), tokeniser.encode(after), tokeniser)]
+        for before, after in sides
+    ]
+    return [tokeniser.decode(ids) for ids in complete(rows)]
+
+
+def hole(function: Function) -> tuple[str, str, str]:
+    """Return what stands before the middle line of a function's body, that line, and what stands after."""
+    lines = [line for line in function.body.splitlines(keepends=True) if line.strip()]
+    middle = len(lines) // 2
+    before = function.prompt + "".join(lines[:middle])
+    return before, lines[middle], "".join(lines[middle + 1 :])
 
 
 def functions(texts: Sequence[str]) -> Iterator[Function]:
