@@ -62,7 +62,7 @@ class MaskedText(TextData):
 
 
 class InfilledText(TextData):
-    """Some documents of a row to train on are written with a middle part last (Bavarian et al. 2022, 2207.14255).
+    """Some documents to train on have a middle part last (Bavarian et al. 2022, 2207.14255).
 
     ``prefix suffix middle``, each behind its mark, cut between tokens within what a row holds of a
     document (sections 3 and 4.3 there); what is held out stays as it is.
