@@ -9,11 +9,14 @@ import jax.numpy as jnp
 import pytest
 
 from configs import base
+from fastformer import tasks
 from fastformer.core.errors import UserError
+from fastformer.data import DataConfig
 from fastformer.data.corpus import Corpus
 from fastformer.data.doc_questions import Question, questions
 from fastformer.data.question_rows import QuestionRows, answer, question_row
 from fastformer.data.tokenisers import BPETokeniser, ByteTokeniser
+from fastformer.tasks import answer as answer_task
 from fastformer.tasks import qa
 from fastformer.tasks.squad import exact_match, f1, measured, most_similar_sentence, normalised
 from fastformer.train import loop, modes
@@ -36,7 +39,10 @@ def test_squads_measures():
     assert (
         f1("the black cat", "black dog") == pytest.approx(0.5) and f1("", "the") == 1 and f1("", "cat") == 0
     )
-    assert measured(["a cat", "dog"], ["cat", "big dog"]) == {"exact_match": 50, "f1": pytest.approx(250 / 3)}
+    assert measured(["a cat", "dog"], [("eel", "cat"), ("big dog",)]) == {
+        "exact_match": 50,
+        "f1": pytest.approx(250 / 3),
+    }
     assert most_similar_sentence("What does add do?", "It moves on. To add is good. So.") == "To add is good."
 
 
@@ -139,3 +145,28 @@ def test_quality_reads_the_spans_as_text(corpus):
     assert qa.QA().quality(perfect, data, 0, 0) == {"exact_match": 100, "f1": 100, "nats_per_question": 0}
     wrong = perfect | {"span_B2": batch["span_B2"][::-1]}
     assert qa.QA().quality(wrong, data, 0, 0)["exact_match"] < 60
+
+
+def test_answers_are_written_too(corpus, tmp_path, monkeypatch):
+    tokeniser = ByteTokeniser()
+    monkeypatch.setattr(answer_task, "open_corpus", lambda *_: (corpus, tokeniser, tmp_path))
+    config = configured().copy_and_resolve_references().unlock()
+    config.task.name, config.model.name, config.model.bidirectional = "answer", "decoder", False
+    task = tasks.build(config)
+    data = task.open(DataConfig(**(config.data.to_dict() | {"length": 400})), tmp_path, config)
+    assert "% padding" in data.description and data.yardsticks()["never_an_answer_f1"] > 0
+    batch = next(data.heldout_batches(2))
+    counted = batch["targets_BT"][0][batch["weights_BT"][0] > 0].tolist()
+    first = data.questions[0]
+    assert bytes(token for token in counted if token < 256).decode().startswith(first.answer)
+
+    def complete(rows):
+        by_source = {f"{q.question}\n{q.context}": q.answer for q in data.questions}
+        return [tokeniser.encode(by_source.get(tokeniser.decode(row), "")) for row in rows]
+
+    assert task.decoded(complete, data, 0) == {"exact_match": 100, "f1": 100}
+    assert task.decoded(lambda rows: [[] for _ in rows], data, 0)["f1"] < 50
+    assert task.respond(complete, tokeniser, {"question": ["a?"], "context": ["b"]}, None, None) == [
+        "(no answer)"
+    ]
+    assert first.answer in task.samples(complete, data, "")[0] or first.start < 0

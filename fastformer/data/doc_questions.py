@@ -30,12 +30,19 @@ class Question(NamedTuple):
 
     Attributes:
       start: characters of the context before the answer.
+      others: answers that are as good, of other people.
     """
 
     question: str
     context: str
     answer: str
     start: int
+    others: tuple[str, ...] = ()
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """Return all that are right."""
+        return (self.answer, *self.others)
 
 
 def open_questions(_: str, root: Path) -> Corpus:

@@ -12,6 +12,8 @@ from fastformer.data.examples import Examples, Row
 from fastformer.data.splits import SPLITS
 from fastformer.data.tokenisers import Tokeniser
 
+SOME = 200  # questions that padding is counted in
+
 
 class QuestionRows(Examples):
     """Rows of one question each; a context is cut to what fits.
@@ -33,6 +35,10 @@ class QuestionRows(Examples):
 
         counts = {split: len(some) for split, some in found.items()}
         super().__init__(corpus.title, counts, row, tokeniser.size, tokeniser, yardsticks)
+        some = found["heldout"][:SOME]
+        real = sum(len(_tokens(question, tokeniser, length)[0]) for question in some)
+        share = 1 - real / max(len(some) * length, 1)
+        self.description += f"; {100 * share:.1f} % padding in the first {len(some)} held out"
 
     def answers(self, spans: np.ndarray) -> list[str]:
         """Return the text of the spans ``[rows, 2]`` that were found for the first held-out questions."""

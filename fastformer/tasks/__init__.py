@@ -6,6 +6,7 @@ from ml_collections import ConfigDict
 
 from fastformer.core.config import section
 from fastformer.core.errors import lookup
+from fastformer.tasks.answer import Answer
 from fastformer.tasks.code import Code
 from fastformer.tasks.copy import Copy
 from fastformer.tasks.digits import Digits
@@ -31,6 +32,7 @@ TASKS: dict[str, type[Task]] = {
     "digits": Digits,
     "translate": Translate,
     "qa": QA,
+    "answer": Answer,
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 import optax
 
 from fastformer.core.errors import UserError, require
+from fastformer.data.corpus import Corpus
 from fastformer.data.doc_questions import Question
 from fastformer.data.examples import stack
 from fastformer.data.pipeline import open_corpus
@@ -49,18 +51,7 @@ class QA(Task):
 
     def open(self, data, workdir, config):
         corpus, tokeniser, _ = open_corpus(data, self.kind, workdir)
-        questions = list(corpus.records("heldout"))
-        wanted = [q.answer for q in questions]
-        guesses = {
-            "most_similar_sentence": [most_similar_sentence(q.question, q.context) for q in questions],
-            "never_an_answer": [""] * len(questions),
-        }
-        yardsticks = {
-            f"{name}_{metric}": value
-            for name, found in guesses.items()
-            for metric, value in measured(found, wanted).items()
-        }
-        return QuestionRows(corpus, tokeniser, data.length, yardsticks)
+        return QuestionRows(corpus, tokeniser, data.length, simple_answers(corpus))
 
     def loss(self, model, params, batch, rng=None):
         return _cross_entropy(_scores(apply(model, params, batch, rng), batch), batch)
@@ -71,19 +62,13 @@ class QA(Task):
         return {"nats": nats, "targets": targets, "span_B2": best_span(scores_BTR, self.longest)}
 
     def quality(self, sums, data, limit, overlap):
-        wanted = [q.answer for q in data.questions[: limit or None]]
+        wanted = [q.answers for q in data.questions[: limit or None]]
         spans = sums["span_B2"][: len(wanted)]
         found = measured(data.answers(spans), wanted)
         return found | {"nats_per_question": sums["nats"] / max(sums["targets"], 1)}
 
     def respond(self, complete, tokeniser, asked, model, params):
-        questions, contexts = asked["question"], asked["context"]
-        if len(contexts) not in (1, len(questions)):
-            raise UserError(
-                f"--context: {len(contexts)} for {len(questions)} questions; give one or one each"
-            )
-        contexts = contexts * len(questions) if len(contexts) == 1 else contexts
-        records = [Question(q, c, "", -1) for q, c in zip(questions, contexts)]
+        records = matched(asked["question"], asked["context"])
         batch = stack([question_row(record, tokeniser, model.length) for record in records])
         spans = jax.jit(lambda params: self.totals(model, params, batch)["span_B2"])(params)
         found = (
@@ -91,6 +76,32 @@ class QA(Task):
             for record, span in zip(records, np.asarray(spans).tolist())
         )
         return [text or "(no answer)" for text in found]
+
+
+def simple_answers(corpus: Corpus) -> dict[str, float]:
+    """Return what a model must be better than: simple guesses at the held-out questions, measured."""
+    questions = list(corpus.records("heldout"))
+    guesses = {
+        "most_similar_sentence": [most_similar_sentence(q.question, q.context) for q in questions],
+        "never_an_answer": [""] * len(questions),
+    }
+    return {
+        f"{name}_{metric}": value
+        for name, found in guesses.items()
+        for metric, value in measured(found, [q.answers for q in questions]).items()
+    }
+
+
+def matched(questions: Sequence[str], contexts: Sequence[str]) -> list[Question]:
+    """Return each question with its context, or all with the only one.
+
+    Raises:
+      UserError: neither one context nor as many as there are questions.
+    """
+    if len(contexts) not in (1, len(questions)):
+        raise UserError(f"--context: {len(contexts)} for {len(questions)} questions; give one or one each")
+    contexts = list(contexts) * (len(questions) if len(contexts) == 1 else 1)
+    return [Question(q, c, "", -1) for q, c in zip(questions, contexts)]
 
 
 def _scores(scores_BTR: jax.Array, batch: Batch) -> jax.Array:
