@@ -92,6 +92,8 @@ def test_a_beam_that_holds_all_finds_the_best(kind, alpha):
 class Always:
     """A model that always says the same."""
 
+    reads_sources = False
+
     def __init__(self, *probabilities):
         self.probabilities = probabilities
 

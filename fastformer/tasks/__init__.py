@@ -15,6 +15,7 @@ from fastformer.tasks.listops import ListOps
 from fastformer.tasks.mlm import MLM
 from fastformer.tasks.qa import QA
 from fastformer.tasks.recall import Recall
+from fastformer.tasks.reviews import Reviews
 from fastformer.tasks.task import Task, check_fits
 from fastformer.tasks.text import Text
 from fastformer.tasks.translate import Translate
@@ -30,6 +31,7 @@ TASKS: dict[str, type[Task]] = {
     "induction": Induction,
     "listops": ListOps,
     "digits": Digits,
+    "reviews": Reviews,
     "translate": Translate,
     "qa": QA,
     "answer": Answer,
