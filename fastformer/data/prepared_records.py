@@ -7,6 +7,7 @@ image is held out too is left out.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -44,19 +45,20 @@ def open_prepared_questions(name: str, root: Path) -> Corpus:
 def open_prepared_pairs(name: str, root: Path) -> Corpus:
     """Return the corpus of pairs of a data set built for translation: ``tfds:ted_hrlr_translate/ru_to_en``.
 
-    The config names source and target, as ``ru_to_en`` or ``ru-en`` do; else they are the first and the
-    second text of an example, as in ``tfds:para_crawl/ende``.
+    The config names source and target, as ``ru_to_en``, ``ru-en`` and ``ende`` do; else they are the two
+    texts of an example by the alphabet.
 
     Raises:
       UserError: as ``find``, or an example has not two texts.
     """
     from fastformer.data import builders
 
-    fields = builders.features(find(name, root).place, "Text")
-    named = name.rpartition("/")[2].replace("_to_", "-").split("-")
-    sides = tuple(named if sorted(named) == sorted(fields) else fields)
+    place = find(name, root).place
+    sides = tuple(sorted(builders.features(place, "Text")))
     if len(sides) != 2:
         raise UserError(f"{FIELD}: tfds:{name} has {len(sides)} texts in an example; a pair has 2")
+    if re.sub(r"_to_|[-_]", "", place.parent.name).endswith(sides[1] + sides[0]):
+        sides = sides[::-1]
 
     def pair(example: dict[str, Any]) -> tuple[str, str]:
         return _text(example[sides[0]]).strip(), _text(example[sides[1]]).strip()
