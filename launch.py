@@ -20,7 +20,13 @@ TOO_LARGE = (
     "out of memory; lower config.train.batch or config.data.length, or raise config.train.accumulate; "
     "config.model.remat=full keeps less"
 )
-ASKED = {"prompt": "generate", "source": "generate", "topology": "compile"}  # flags, and their mode
+ASKED = {  # flags, their mode, and what they are
+    "prompt": ("generate", "text to continue"),
+    "source": ("generate", "text to translate, or @FILE of lines"),
+    "question": ("generate", "to be answered from --context"),
+    "context": ("generate", "text that holds the answer"),
+    "topology": ("compile", "TPUs to compile for, as v5e:16x16"),
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -43,9 +49,8 @@ def parser() -> Parser:
     )
     p.add_argument("--mode", choices=MODES, help="what to do (default: train)")
     p.add_argument("--workdir", help="where the run lives (default: runs/<config name>)")
-    p.add_argument("--topology", action="append", help="TPUs to compile for, as v5e:16x16")
-    p.add_argument("--prompt", action="append", help="text to continue; may be given several times")
-    p.add_argument("--source", action="append", help="text to translate, or @FILE of lines")
+    for name, (mode, text) in ASKED.items():
+        p.add_argument(f"--{name}", action="append", help=f"with --mode={mode}, as often as wanted: {text}")
     p.add_argument(
         "--experiment", metavar="FOLDER", help="run all arms of an experiment that have no result yet"
     )
@@ -76,7 +81,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]
         raise UserError(f"{name}: no such flag{nearest(name, p._option_string_actions)} (--help lists them)")
     if flags.smoke and not flags.experiment:
         raise UserError("--smoke: goes with --experiment=FOLDER")
-    for name, mode in ASKED.items():
+    for name, (mode, _) in ASKED.items():
         if getattr(flags, name) and flags.mode != mode:
             raise UserError(f"--{name}: goes with --mode={mode}")
     if flags.experiment and (flags.config or flags.mode or flags.workdir or overrides):

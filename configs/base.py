@@ -18,7 +18,8 @@ def get_config() -> ConfigDict:
 
     c.data = ConfigDict()
     # python_docs, files:path/*.txt (.gz too) and tfds:lm1b are text too; the probes take synthetic, digits
-    # takes digits, translate takes libreoffice_help:de and gettext:locale/de/**/*.mo.
+    # takes digits, translate takes libreoffice_help:de and gettext:locale/de/**/*.mo,
+    # qa takes python_questions.
     c.data.source = "python_code"
     c.data.directory = ""  # prepared data; "" is $FASTFORMER_DATA or ~/.cache/fastformer
     c.data.tokeniser = "bytes"  # or bpe, trained on the train split and kept with the run

@@ -11,6 +11,7 @@ from configs import quickstart
 def get_config() -> ConfigDict:
     c = quickstart.get_config()
     c.name = "code"
+    c.task = ConfigDict({"name": "code", "functions": 64, "infill": 0.5})
     c.data.vocabulary = 8192
     c.data.length = 512
     c.model.layers = 8

@@ -18,6 +18,7 @@ from fastformer.compress.method import Wrapped
 from fastformer.core.errors import UserError
 from fastformer.core.seq import Seq, whole
 from fastformer.decode import GenerateConfig, complete
+from fastformer.decode.beam import beam_search
 from fastformer.models import Source
 
 LENGTH, END, TOKENS = 16, 4, 3
@@ -88,6 +89,31 @@ def test_a_beam_that_holds_all_finds_the_best(kind, alpha):
     assert found == [best(kind, prompt, alpha) for prompt in PROMPTS]
 
 
+class Always:
+    """A model that always says the same."""
+
+    reads_sources = False
+
+    def __init__(self, *probabilities):
+        self.probabilities = probabilities
+
+    def init_state(self, batch, capacity):
+        return jnp.zeros((batch, 1))
+
+    def apply(self, params, tokens, seq, state):
+        logits = jnp.log(jnp.asarray(self.probabilities))
+        return jnp.broadcast_to(logits[None, None], (*tokens.shape, len(logits))), state
+
+
+def test_the_penalty_counts_the_end():
+    """With the end ``0`` and the end after one token weigh 6 and 7 sixths, to the power of alpha."""
+    model, tokens, lengths = Always(0.457, 0.243, 0.3), jnp.asarray([[2]]), jnp.asarray([1])
+    for alpha, wanted in ((3.0, [2, 2]), (5.0, [0, 2])):
+        worth = [np.log(0.3), np.log(0.3 * 0.457) / (7 / 6) ** alpha]
+        assert (worth[0] > worth[1]) == (wanted == [2, 2])
+        assert beam_search(model, options(4, alpha, 2), 2, {}, tokens, lengths)[0].tolist() == wanted
+
+
 def test_the_penalty_asks_for_longer_ones():
     model, params = model_of("encoder_decoder")
     found = [complete(model, params, PROMPTS, END, options(16, alpha), LENGTH) for alpha in (0.0, 8.0)]
@@ -132,9 +158,13 @@ def test_a_target_sees_its_own_source_alone():
     first = score(target[:, :2], whole(1, 2), Source(source[:, :3], whole(1, 3)))
     second = score(target[:, 2:], whole(1, 2), Source(source[:, 3:], whole(1, 2)))
     np.testing.assert_allclose(both, jnp.concatenate([first, second], axis=1), atol=1e-5)
-    # The last token of the source reaches the first of the target: the encoder looks both ways.
-    other = score(target[:, :2], whole(1, 2), Source(source[:, :3].at[0, 2].set(0), whole(1, 3)))
-    assert np.abs(other - first).max(axis=-1).min() > 1e-4
+    # The last token of a source reaches its first: the encoder looks both ways.
+    contexts = [
+        model.apply({"params": params}, target, whole(1, 4), source=Source(tokens, packed))[1].context.x_BSD
+        for tokens in (source, source.at[0, 2].set(0))
+    ]
+    moved = np.abs(contexts[0] - contexts[1]).max(axis=-1)[0]
+    assert moved[:3].min() > 1e-6 and moved[3:].max() == 0
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,9 @@ def data(tmp_path_factory):
 def shrunk(found, arm, data):
     """Return an arm's smoke form for two steps on the tiny text."""
     config = found.config(arm, found.seeds[0])
-    config.data.source, config.data.directory = data.source, data.directory
+    config.data.directory = data.directory
+    if config.data.source != "synthetic":
+        config.data.source = data.source
     settings = {"train.steps": 2, "train.batch": 2, "evaluate.rows": 2, "evaluate.every": 2}
     for key, value in settings.items():
         configuration.set_key(config, key, value)
@@ -87,8 +89,10 @@ def test_a_result_has_every_metric_that_the_folder_shows(path, data, tmp_path):
     loop.train(config, tmp_path / "run", devices=jax.devices()[:1])
     row = folder.row_of(arm, config, read_result(tmp_path / "run"))
     for metric in (*found.quality, *summary.COLUMNS, *(claim.metric for claim in found.claims)):
-        assert row["metrics"][metric] > 0, metric
-    assert "bits per byte" in (tmp_path / "run/report.md").read_text()
+        # Two steps may well teach nothing that an accuracy shows.
+        assert row["metrics"][metric] >= 0 and (row["metrics"][metric] > 0 or "accuracy" in metric), metric
+    shown = (tmp_path / "run/report.md").read_text()
+    assert all(metric.removeprefix("quality.").replace("_", " ") in shown for metric in found.quality)
 
 
 CONFIG = '''

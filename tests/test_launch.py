@@ -95,6 +95,11 @@ def test_train_again_evaluate_generate(tmp_path, capsys, monkeypatch):
         ((BASE, "--wrokdir=x"), "--wrokdir: no such flag; did you mean --workdir?"),
         ((BASE, "--mode=trian"), "trian"),
         ((BASE, "--prompt=x"), "--prompt: goes with --mode=generate"),
+        ((BASE, "--source=x"), "--source: goes with --mode=generate"),
+        ((BASE, "--config.task.name=txt"), "config.task.name: 'txt' is unknown; did you mean text?"),
+        ((BASE, "--config.task.pairs=3"), "config.task.pairs: no such key"),
+        ((BASE, "--config.task.name=recall"), "python_code holds no synthetic; sources that do: synthetic"),
+        ((BASE, "--config.model.name=encoder"), "the task text trains no encoder"),
         ((BASE, "--smoke"), "--smoke: goes with --experiment"),
         (("--config=configs/bsae.py",), "no file configs/bsae.py; did you mean configs/base.py?"),
         (("--config=configs/base.py:arm",), "takes no argument"),
@@ -174,7 +179,7 @@ def test_a_mistake_in_a_real_process_has_no_traceback():
 
 def test_the_flags_are_these():
     flags = {flag for flag in launch.parser()._option_string_actions if flag.startswith("--")}
-    asked = {"--prompt", "--source", "--topology"}
+    asked = {"--prompt", "--source", "--question", "--context", "--topology"}
     assert flags == asked | {"--help", "--config", "--mode", "--workdir", "--experiment", "--smoke"}
 
 
@@ -185,6 +190,13 @@ def test_every_config_builds_and_names_itself(path):
     config = configuration.load(str(path))
     assert config.name == path.stem
     assert models.build(config, 257, config.data.length, tasks.build(config).head)
+
+
+def test_a_file_of_lines_is_read_in_order(tmp_path):
+    (tmp_path / "lines").write_text("one\n\ntwo\n")
+    assert launch.lines_of(["@x"[1:], f"@{tmp_path / 'lines'}"]) == ["x", "one", "", "two"]
+    with pytest.raises(launch.UserError, match="none: cannot be read as lines"):
+        launch.lines_of([f"@{tmp_path / 'none'}"])
 
 
 def test_overrides_take_the_types_of_the_config():

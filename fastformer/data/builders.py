@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import tensorflow_datasets as tfds
 from absl import logging
@@ -87,16 +88,21 @@ def prepare(name: str, directory: Path) -> Path:
     return place
 
 
-def texts(place: Path, split: str, field: str = "text") -> Iterator[str]:
-    """Yield ``field`` of every example of a prepared data set's split (TFDS syntax, ``train[:95%]`` too)."""
+def examples(place: Path, split: str) -> Iterator[dict[str, Any]]:
+    """Yield every example of a prepared data set's split (TFDS syntax, ``train[:95%]`` too)."""
     with quiet():
         source = tfds.builder_from_directory(place).as_data_source(split=split)
     for index in range(len(source)):
-        yield source[index][field].decode("utf-8", "replace")
+        yield source[index]
 
 
-def text_features(place: Path) -> list[str]:
-    """Return the names of the features of a prepared data set that are plain text."""
+def texts(place: Path, split: str, field: str = "text") -> Iterator[str]:
+    """Yield ``field`` of every example of a prepared data set's split."""
+    return (example[field].decode("utf-8", "replace") for example in examples(place, split))
+
+
+def features(place: Path, kind: str) -> list[str]:
+    """Return the names of the features of a prepared data set that are a ``kind``, as in tfds.features."""
     with quiet():
-        features = tfds.builder_from_directory(place).info.features
-    return [name for name, feature in features.items() if type(feature) is tfds.features.Text]
+        found = tfds.builder_from_directory(place).info.features
+    return [name for name, feature in found.items() if type(feature) is getattr(tfds.features, kind)]

@@ -35,11 +35,13 @@ class PairRows(Examples):
         yardsticks: Mapping[str, float],
     ):
         self.texts: list[Pair] = list(corpus.records("heldout"))
-        packed, left_out, pairs = {}, {}, {}
+        packed, left_out, pairs, used = {}, {}, {}, {}
         for split in SPLITS:
             tokens = [_ends(pair, tokeniser.eod) for pair in _encoded(corpus.records(split), tokeniser)]
             fit = [pair for pair in tokens if _size(pair, joined) <= length]
-            packed[split] = pack([_sizes(pair, joined) for pair in fit], length)
+            sizes = [_sizes(pair, joined) for pair in fit]
+            packed[split] = pack(sizes, length)
+            used[split] = sum(map(sum, sizes)) / max(len(packed[split]) * length * (1 if joined else 2), 1)
             pairs[split], left_out[split] = fit, len(tokens) - len(fit)
 
         def row(split: str, index: int) -> Row:
@@ -48,9 +50,12 @@ class PairRows(Examples):
 
         counts = {split: len(packed[split]) for split in SPLITS}
         super().__init__(corpus.title, counts, row, tokeniser.size, tokeniser, yardsticks)
-        sizes = " + ".join(f"{len(pairs[split]):,}" for split in SPLITS)
+        numbers = " + ".join(f"{len(pairs[split]):,}" for split in SPLITS)
         too_long = " + ".join(str(left_out[split]) for split in SPLITS)
-        self.description += f", {sizes} pairs; {too_long} are longer than a row and in none"
+        padding = " + ".join(f"{100 * (1 - used[split]):.1f}" for split in SPLITS)
+        self.description += (
+            f", {numbers} pairs; {too_long} are longer than a row and in none; {padding} % padding"
+        )
 
 
 def _encoded(pairs: Iterable[Pair], tokeniser: Tokeniser) -> Iterable[tuple[Tokens, Tokens]]:

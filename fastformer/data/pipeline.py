@@ -7,10 +7,11 @@ import gzip
 import hashlib
 import json
 import lzma
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import grain
+import numpy as np
 
 from fastformer.core.errors import UserError, require
 from fastformer.data import stream
@@ -75,8 +76,20 @@ class TextData:
                 f"fewer than one batch of {batch} rows of {rows.length}; "
                 "lower config.train.batch or config.data.length"
             )
+
         # A batch is cut from the stream at once: much faster than row by row.
-        return endless(len(rows), rows.batch, batch, seed, process_index, process_count)
+        def make(indices: Sequence[int]) -> Batch:
+            return self.changed(rows.batch(indices), indices, seed)
+
+        return endless(len(rows), make, batch, seed, process_index, process_count)
+
+    def changed(self, batch: Batch, indices: Sequence[int], seed: int | None) -> Batch:
+        """Return the batch of the rows of ``indices`` as the model is to see it.
+
+        Args:
+          seed: of training; None for held-out rows.
+        """
+        return batch
 
     def heldout_rows(self, overlap: int = 0) -> int:
         """Return the number of held-out rows of which neighbours share ``overlap`` tokens.
@@ -91,12 +104,18 @@ class TextData:
         rows, count = self._heldout_rows(overlap), self._limit(limit, overlap)
         for start in range(0, count, batch):
             chosen = range(start, min(start + batch, count))
-            yield rows.batch([*chosen, *[PADDING] * (batch - len(chosen))])
+            indices = [*chosen, *[PADDING] * (batch - len(chosen))]
+            yield self.changed(rows.batch(indices), indices, None)
 
     def heldout_bytes_of(self, limit: int = 0, overlap: int = 0) -> int:
         """Return the bytes of the targets that the first ``limit`` held-out rows (0: all) count."""
         scored = self._heldout_rows(overlap).scored(self._limit(limit, overlap))
         return int(self.tokeniser.byte_lengths[self._heldout[1 : 1 + scored]].sum())
+
+    def heldout_texts(self) -> list[str]:
+        """Return the held-out documents."""
+        starts = np.flatnonzero(self._heldout == self.tokeniser.eod)
+        return [self.tokeniser.decode(part[1:].tolist()) for part in np.split(self._heldout, starts[1:])]
 
     def yardsticks(self) -> dict[str, float]:
         """Return the bits per byte of gzip -9 and xz -9 on the held-out documents, one after another."""
@@ -121,8 +140,11 @@ class TextData:
         return min(limit, rows) if limit else rows
 
 
-def open_data(config: DataConfig, workdir: Path | None) -> TextData:
+def open_data(config: DataConfig, workdir: Path | None, of: Callable[..., TextData] = TextData) -> TextData:
     """Prepare the text of ``config``, or find it prepared, and keep tokeniser and record in ``workdir``.
+
+    Args:
+      of: what to make of it, a kind of TextData.
 
     Raises:
       UserError: the source is missing, empty or unreadable, or not what the run in ``workdir`` began with.
@@ -135,7 +157,7 @@ def open_data(config: DataConfig, workdir: Path | None) -> TextData:
     for split in SPLITS:
         if not streams[split].counts.bytes:
             raise UserError(f"config.data.source: {config.source} has no text in its {split} split")
-    return TextData(config, tokeniser, streams, corpus.title, folder)
+    return of(config, tokeniser, streams, corpus.title, folder)
 
 
 def open_corpus(config: DataConfig, kind: str, workdir: Path | None) -> tuple[Corpus, Tokeniser, Path]:

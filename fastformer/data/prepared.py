@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from fastformer.core.errors import UserError
 from fastformer.data.corpus import Corpus
@@ -16,14 +17,26 @@ FIELD = "config.data.source"
 TEXT_FIELDS = ("text", "article", "content", "document", "story", "context", "sentence")
 
 
-def open_prepared(name: str, root: Path) -> Corpus:
-    """Return the corpus of the data set ``name`` or ``name/config``, read without TensorFlow.
+class Prepared(NamedTuple):
+    """A data set that stands prepared.
 
-    Held out is its split ``validation``, else ``test``, else the last 5 % of ``train``. A document
-    of train that equals a held-out one is left out.
+    Attributes:
+      splits: TFDS's names of our two. title: what it is, in a few words. fingerprint: of its files.
+    """
+
+    place: Path
+    splits: dict[str, str]
+    title: str
+    fingerprint: str
+
+
+def find(name: str, root: Path) -> Prepared:
+    """Return the data set ``name`` or ``name/config``, to be read without TensorFlow.
+
+    Held out is its split ``validation``, else ``test``, else the last 5 % of ``train``.
 
     Raises:
-      UserError: it is not prepared, not as array_record, or has no text or no split ``train``.
+      UserError: it is not prepared, not as array_record, or has no split ``train``.
     """
     place = _find(name, root)
     info = json.loads((place / "dataset_info.json").read_text())
@@ -34,23 +47,33 @@ def open_prepared(name: str, root: Path) -> Corpus:
     if not sizes.get("train"):
         raise UserError(f"{FIELD}: {place} has no split train (splits: {', '.join(sizes) or 'none'})")
     splits, held = _splits(sizes)
-    field = _text_field(place)
+    state = hashlib.sha256(f"tfds {name}".encode())
+    for file in sorted(place.iterdir()):
+        state.update(f"{file.name} {file.stat().st_size}\n".encode())
+    state.update((place / "dataset_info.json").read_bytes())
+    title = f"tfds:{name} {info.get('version', '')} ({held} held out)"
+    return Prepared(place, splits, title, state.hexdigest())
+
+
+def open_prepared(name: str, root: Path) -> Corpus:
+    """Return the corpus of a text, as ``find`` has it; documents of train that are held out are left out.
+
+    Raises:
+      UserError: it cannot be found, or has no text.
+    """
+    found = find(name, root)
+    field = _text_field(found.place)
 
     def texts(split: str) -> Iterator[str]:
         from fastformer.data import builders  # TFDS takes a second to import; a warm cache needs none
 
-        return builders.texts(place, splits[split], field)
+        return builders.texts(found.place, found.splits[split], field)
 
     def documents(split: str) -> Iterator[str]:
         known = {digest(text) for text in texts("heldout")} if split == "train" else set()
         return (text for text in texts(split) if text and digest(text) not in known)
 
-    state = hashlib.sha256(f"tfds {name} {field}".encode())
-    for file in sorted(place.iterdir()):
-        state.update(f"{file.name} {file.stat().st_size}\n".encode())
-    state.update((place / "dataset_info.json").read_bytes())
-    title = f"tfds:{name} {info.get('version', '')} ({held} held out)"
-    return Corpus(title, state.hexdigest(), documents)
+    return Corpus(found.title, f"{field} {found.fingerprint}", documents)
 
 
 def _splits(sizes: dict[str, int]) -> tuple[dict[str, str], str]:
@@ -94,7 +117,7 @@ def _how(name: str, root: Path) -> str:
 def _text_field(place: Path) -> str:
     from fastformer.data import builders
 
-    features = builders.text_features(place)
+    features = builders.features(place, "Text")
     if not features:
         raise UserError(f"{FIELD}: {place} has no feature that is plain text")
     return next((field for field in TEXT_FIELDS if field in features), features[0])

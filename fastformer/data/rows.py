@@ -43,14 +43,25 @@ class Rows:
         real_BT = (place_BT < self.targets) & (row_B1 != PADDING)
         place_BT = np.where(real_BT, place_BT, 0)
         tokens_BT = self.stream[place_BT].astype(np.int32) * real_BT
-        starts_BT = (tokens_BT == self.eod) & real_BT
-        segment_BT = np.cumsum(starts_BT, axis=1, dtype=np.int32)
-        start_BT = np.maximum.accumulate(np.where(starts_BT, time_1T, 0), axis=1)
         counts_BT = real_BT & ((row_B1 == 0) | (time_1T >= self.overlap))
         return {
             "tokens_BT": tokens_BT,
             "targets_BT": self.stream[place_BT + 1].astype(np.int32) * real_BT,
             "weights_BT": counts_BT.astype(np.float32),
-            "segment_BT": (segment_BT + 1 - segment_BT[:, :1]) * real_BT,
-            "position_BT": (time_1T - start_BT) * real_BT,
-        }
+        } | segments(tokens_BT, real_BT, self.eod)
+
+
+def segments(tokens_BT: np.ndarray, real_BT: np.ndarray, eod: int) -> Batch:
+    """Return ``segment_BT`` and ``position_BT``, as ``Rows.batch`` has them.
+
+    Args:
+      real_BT: False where there is padding.
+    """
+    time_1T = np.arange(tokens_BT.shape[1], dtype=np.int32)[None]
+    starts_BT = (tokens_BT == eod) & real_BT
+    segment_BT = np.cumsum(starts_BT, axis=1, dtype=np.int32)
+    start_BT = np.maximum.accumulate(np.where(starts_BT, time_1T, 0), axis=1)
+    return {
+        "segment_BT": (segment_BT + 1 - segment_BT[:, :1]) * real_BT,
+        "position_BT": (time_1T - start_BT) * real_BT,
+    }

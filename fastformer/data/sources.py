@@ -10,9 +10,16 @@ from fastformer.core.errors import FieldError
 from fastformer.data import stdlib
 from fastformer.data.corpus import Corpus
 from fastformer.data.digits import open_digits
+from fastformer.data.doc_questions import open_questions
 from fastformer.data.libreoffice import fetch, open_help
 from fastformer.data.parallel import open_catalogues
 from fastformer.data.prepared import open_prepared
+from fastformer.data.prepared_records import (
+    open_prepared_images,
+    open_prepared_labelled,
+    open_prepared_pairs,
+    open_prepared_questions,
+)
 from fastformer.data.user_files import open_files
 
 
@@ -54,7 +61,16 @@ SOURCES = {
     "python_code": Source("python_code", {"text": _open_python("python_code")}),
     "python_docs": Source("python_docs", {"text": _open_python("python_docs")}),
     "files:": Source("files: and a path or glob, as in files:books/*.txt", {"text": open_files}),
-    "tfds:": Source("tfds: and a data set's name, as in tfds:lm1b", {"text": open_prepared}),
+    "tfds:": Source(
+        "tfds: and a data set's name, as in tfds:lm1b",
+        {
+            "text": open_prepared,
+            "questions": open_prepared_questions,
+            "pairs": open_prepared_pairs,
+            "labelled": open_prepared_labelled,
+            "images": open_prepared_images,
+        },
+    ),
     "libreoffice_help:": Source(
         "libreoffice_help: and a language as Debian has it, as in libreoffice_help:de",
         {"pairs": open_help},
@@ -64,6 +80,7 @@ SOURCES = {
         "gettext: and a glob of catalogues, as in gettext:locale/de/**/*.mo", {"pairs": open_catalogues}
     ),
     "synthetic": Source("synthetic", {"synthetic": _open_synthetic}),
+    "python_questions": Source("python_questions", {"questions": open_questions}),
     "digits": Source("digits", {"images": open_digits}),
 }
 

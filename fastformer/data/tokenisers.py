@@ -63,6 +63,20 @@ class Tokeniser(abc.ABC):
         """The token between documents."""
         return self.size - 1
 
+    def mark(self, number: int) -> int:
+        """Return a token that no text is ever written with: byte 0xFF less ``number``, which UTF-8 lacks.
+
+        Args:
+          number: 0 to 6; those of one run must differ.
+
+        Raises:
+          UserError: the tokeniser has no token for single bytes.
+        """
+        byte = bytes([0xFF - number])
+        if byte not in self.token_bytes:
+            raise UserError("config.data.tokeniser: has no token of a byte alone to use as a mark")
+        return self.token_bytes.index(byte)
+
     @cached_property
     def byte_lengths(self) -> np.ndarray:
         """The bytes of each token, int64 ``[V]``."""

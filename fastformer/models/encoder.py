@@ -1,4 +1,4 @@
-"""The encoder: tokens in, scores of classes out, one set a row or one a token."""
+"""The encoder: tokens in, scores of classes out, one set a row or one a token; or logits of the tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastformer.core.layers import Linear, zero_padding
 from fastformer.core.seq import Seq
 from fastformer.models.block import NORM_LAYERS
 from fastformer.models.config import ModelConfig
-from fastformer.models.parts import Tables, embed
+from fastformer.models.parts import Tables, embed, logits_of
 from fastformer.models.stack import run_stack
 
 
@@ -31,7 +31,7 @@ class Head(NamedTuple):
 
 
 class Encoder(nn.Module):
-    """Embedding, a stack of blocks, norm, the mean over a row's tokens, one linear map to scores.
+    """Embedding, a stack of blocks, norm; then a head, or logits of each token as a decoder has them.
 
     With ``config.bidirectional`` every token sees all of its segment; else those before it, which any
     causal mixer can do.
@@ -40,13 +40,13 @@ class Encoder(nn.Module):
       config: its sizes and kinds.
       vocabulary: V.
       length: T that it is trained at, the most that learned positions can hold.
-      head: what it ends in.
+      head: what it ends in; None is logits of what each token is.
     """
 
     config: ModelConfig
     vocabulary: int
     length: int
-    head: Head
+    head: Head | None = None
 
     @staticmethod
     def check(config: ModelConfig) -> None:
@@ -58,17 +58,20 @@ class Encoder(nn.Module):
         if config.encoder_layers:
             raise FieldError("encoder_layers", "is of an encoder_decoder; an encoder has config.model.layers")
         if config.loss_chunk:
-            raise FieldError("loss_chunk", "an encoder has no logits of the next token; set it 0")
+            raise FieldError("loss_chunk", "an encoder makes its scores at once; set it 0")
 
     @nn.compact
     def __call__(
         self, tokens_BT: jax.Array, seq: Seq, state: None = None, deterministic: bool = True
     ) -> tuple[jax.Array, None]:
-        """Return ``(scores_BR, None)`` float32, or ``scores_BTR`` where the head is not pooled."""
+        """Return ``(scores_BR, None)`` float32; ``scores_BTR`` of a head not pooled; of none, logits."""
         c = self.config
-        x_BTD = embed(c, Tables.of(self), tokens_BT, seq, deterministic)
+        tables = Tables.of(self)
+        x_BTD = embed(c, tables, tokens_BT, seq, deterministic)
         x_BTD, _ = run_stack(c, self.length, x_BTD, seq, None, deterministic)
         x_BTD = zero_padding(NORM_LAYERS[c.norm](name="norm")(x_BTD), seq)
+        if self.head is None:
+            return logits_of(c, tables)(x_BTD), None
         if self.head.pooled:
             count_B1 = jnp.sum(seq.segment_BT > 0, axis=1, keepdims=True).astype(jnp.float32)
             mean_BD = jnp.sum(x_BTD, axis=1, dtype=jnp.float32) / jnp.maximum(count_B1, 1)

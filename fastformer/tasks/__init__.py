@@ -6,11 +6,16 @@ from ml_collections import ConfigDict
 
 from fastformer.core.config import section
 from fastformer.core.errors import lookup
+from fastformer.tasks.answer import Answer
+from fastformer.tasks.code import Code
 from fastformer.tasks.copy import Copy
 from fastformer.tasks.digits import Digits
 from fastformer.tasks.induction import Induction
 from fastformer.tasks.listops import ListOps
+from fastformer.tasks.mlm import MLM
+from fastformer.tasks.qa import QA
 from fastformer.tasks.recall import Recall
+from fastformer.tasks.reviews import Reviews
 from fastformer.tasks.task import Task, check_fits
 from fastformer.tasks.text import Text
 from fastformer.tasks.translate import Translate
@@ -19,12 +24,17 @@ __all__ = ["TASKS", "Task", "build"]
 
 TASKS: dict[str, type[Task]] = {
     "text": Text,
+    "code": Code,
+    "mlm": MLM,
     "recall": Recall,
     "copy": Copy,
     "induction": Induction,
     "listops": ListOps,
     "digits": Digits,
+    "reviews": Reviews,
     "translate": Translate,
+    "qa": QA,
+    "answer": Answer,
 }
 
 

@@ -1,4 +1,4 @@
-"""Handwritten digits, pixel by pixel: 64 tokens of 17 shades, ten classes."""
+"""Images, pixel by pixel, into ten classes: handwritten digits, 64 tokens of 17 shades, or any of TFDS."""
 
 from __future__ import annotations
 
@@ -8,16 +8,19 @@ from fastformer.core.errors import FieldError
 from fastformer.data.examples import Examples
 from fastformer.data.pipeline import keep_record
 from fastformer.data.sources import open_source
+from fastformer.data.splits import SPLITS
 from fastformer.models import Head
 from fastformer.tasks.classify import Classify, usual_guess
 from fastformer.tasks.probe import label_row
 
-PIXELS, SHADES = 64, 17
+DIGIT_SHADES, SHADES = 17, 256
 
 
 @dataclass(frozen=True)
 class Digits(Classify):
-    """Which digit is it? Small, offline kin of Long Range Arena's image task (2011.04006, section 2.2.4)."""
+    """What is on it? Of ``tfds:cifar10``, in grey, Long Range Arena's image task (2011.04006, section 2.2.4);
+    scikit-learn's digits are its small kin that needs no download.
+    """
 
     kind = "images"
 
@@ -28,16 +31,18 @@ class Digits(Classify):
         return Head(10)
 
     def open(self, data, workdir, config):
-        if data.length < PIXELS:
-            raise FieldError("config.data.length", f"{data.length} is not allowed; an image has {PIXELS}")
         corpus = open_source(data.source, self.kind, data.root())
         if workdir is not None:
             keep_record(corpus, workdir)
-        images = {split: list(corpus.records(split)) for split in ("train", "heldout")}
+        images = {split: list(corpus.records(split)) for split in SPLITS}
+        pixels = max(len(image) for some in images.values() for image, _ in some)
+        if data.length < pixels:
+            raise FieldError("config.data.length", f"{data.length} is not allowed; an image has {pixels}")
+        shades = DIGIT_SHADES if data.source == "digits" else SHADES
 
         def row(split, index):
             return label_row(*images[split][index], data.length)
 
         counts = {split: len(found) for split, found in images.items()}
         yardsticks = usual_guess(label for _, label in images["heldout"])
-        return Examples(corpus.title, counts, row, SHADES, yardsticks=yardsticks)
+        return Examples(corpus.title, counts, row, shades, yardsticks=yardsticks)

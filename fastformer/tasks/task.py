@@ -68,12 +68,15 @@ class Task:
         raise NotImplementedError
 
     def totals(self, model: nn.Module, params: Any, batch: Batch) -> Sums:
-        """Return float32 sums over a held-out batch: ``nats``, ``targets`` and what ``quality`` needs."""
+        """Return float32 sums over a held-out batch: ``nats``, ``targets`` and what ``quality`` needs.
+
+        An array is not summed but kept, a row of it for each row of the batch.
+        """
         nats, targets = self.loss(model, params, batch)
         return {"nats": nats, "targets": targets}
 
     def quality(self, sums: Mapping[str, float], data: Any, limit: int, overlap: int) -> dict[str, float]:
-        """Return the metrics of the sums over the first ``limit`` held-out rows (0: all)."""
+        """Return the metrics of the totals of the first ``limit`` held-out rows (0: all)."""
         raise NotImplementedError
 
     def decoded(self, complete: Complete, data: Any, limit: int) -> dict[str, float]:
@@ -103,8 +106,18 @@ class Task:
             if flag not in self.asks:
                 takes = " and ".join(f"--{name}" for name in self.asks)
                 raise UserError(f"--{flag}: the task {self.name} takes {takes}")
+        for flag in self.asks:
+            if flag not in asked:
+                raise UserError(f"--{flag}: the task {self.name} needs it")
 
-    def respond(self, complete: Complete, tokeniser: Any, asked: Mapping[str, Sequence[str]]) -> list[str]:
+    def respond(
+        self,
+        complete: Complete,
+        tokeniser: Any,
+        asked: Mapping[str, Sequence[str]],
+        model: nn.Module,
+        params: Any,
+    ) -> list[str]:
         """Return what ``--mode=generate`` prints, one text for each thing asked."""
         raise NotImplementedError
 

@@ -76,7 +76,7 @@ class Translate(Task):
         found = translations(complete, data.tokeniser, [source for source, _ in pairs])
         return [f"{source}\n=> {text}\n(reference: {target})" for (source, target), text in zip(pairs, found)]
 
-    def respond(self, complete, tokeniser, asked):
+    def respond(self, complete, tokeniser, asked, model, params):
         return translations(complete, tokeniser, asked["source"])
 
     def signatures(self):

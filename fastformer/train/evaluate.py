@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from fastformer.core.config import section
 from fastformer.core.errors import require
@@ -62,12 +63,17 @@ def make_evaluate(run: Run) -> Callable[[Any, int], Evaluation]:
                 if len(pending) > 2:  # keeps the device busy, but not more batches than that in its memory
                     jax.block_until_ready(pending[-3])
         # Each batch's sums are float32; the sum over batches is float64.
-        sums = {name: sum(float(found[name]) for found in pending) for name in pending[0]}
+        sums = {name: _gathered([found[name] for found in pending]) for name in pending[0]}
         rows = run.data.heldout_rows(options.overlap)
         quality = run.task.quality(sums, run.data, limit, options.overlap)
         return Evaluation(sums["nats"] / max(sums["targets"], 1), quality, min(limit or rows, rows))
 
     return evaluate_rows
+
+
+def _gathered(values: Sequence[jax.Array]) -> Any:
+    """Return the sum of scalars, or the rows of all arrays one below another."""
+    return np.concatenate(values) if values[0].ndim else sum(map(float, values))
 
 
 def evaluate(run: Run, params: Any, limit: int = 0) -> dict[str, float]:

@@ -1,0 +1,19 @@
+"""The questions of qa.py, whose answers are written by a decoder rather than found.
+
+Command: python launch.py --config=configs/answer.py (about 40 minutes on two CPU cores by estimate, not run)
+Expect: an F1 above the most similar sentence's, which stands beside it, and below the extractive model's.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import qa
+
+
+def get_config() -> ConfigDict:
+    c = qa.get_config()
+    c.name = "answer"
+    c.task = ConfigDict({"name": "answer", "sentences": 200})
+    c.model.name = "decoder"
+    c.model.bidirectional = False
+    c.generate.tokens = 64
+    return c

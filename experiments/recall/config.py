@@ -1,0 +1,81 @@
+"""Which mixer looks up what a key was bound to, and how much state does that take?
+
+Question: how many of a row's key-value pairs can full attention, linear attention, Based and a gated
+  delta rule recall, in the same small model trained on the same number of rows?
+Command: python launch.py --experiment=experiments/recall
+Hardware: 2 CPU cores
+Minutes: 240 (an estimate; not run)
+Expectation: softmax recalls all of 4 and of 16 pairs. linear (elu + 1) falls far below it, the further
+  the more pairs there are; Based lies between, and with narrower keys, which make its state smaller,
+  lower; the gated delta rule, which can replace what it has stored, lies close to softmax.
+Source: Arora et al. 2023 (2312.04927), section 4 and figure 2, whose rows, vocabulary and two layers
+  these are; Arora et al. 2024 (2402.18668) for Based and its state; Yang et al. 2024 (2406.06484) for
+  the delta rule. Theirs are many epochs and a sweep of the learning rate; ours is one epoch at one rate.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import recall
+
+MIXERS = {
+    "softmax": "every token sees all before it",
+    "linear": "feature map elu + 1; the state is one matrix a head",
+    "based": "Taylor features of keys of width 16, which make a state 153 wide",
+    "based.4": "Taylor features of keys of width 4, which make a state 15 wide",
+    "gated_delta": "a matrix whose old values are replaced and fade",
+}
+PAIRS = (4, 16)
+ARMS = {
+    f"{mixer}-{pairs}": f"{pairs} pairs; {what}" + " (baseline)" * (mixer == "softmax")
+    for pairs in PAIRS
+    for mixer, what in MIXERS.items()
+    if pairs > 4 or mixer != "based.4"
+}
+SEEDS = (0, 1)
+QUALITY = ("quality.accuracy",)
+
+
+def get_config(arm: str) -> ConfigDict:
+    mixer, _, pairs = arm.rpartition("-")
+    c = recall.get_config()
+    c.name = f"recall-{arm}"
+    c.task.pairs = int(pairs)
+    c.data.length = 64
+    c.model.attention.name, _, narrow = mixer.partition(".")
+    if narrow:
+        c.model.attention.feature_width = int(narrow)
+    c.evaluate.rows = 256
+    return c
+
+
+SMOKE = {
+    "task.vocabulary": 128,
+    "task.train_rows": 512,
+    "task.heldout_rows": 32,
+    "model.width": 32,
+    "train.steps": 10,
+    "train.batch": 8,
+    "optimiser.warmup_steps": 2,
+    "evaluate.every": 5,
+    "evaluate.rows": 16,
+    "checkpoint.every": 5,
+}
+
+CLAIMS = [
+    {
+        "text": f"softmax recalls more than 99 % of {pairs} pairs",
+        "metric": "quality.accuracy",
+        "lower": 0.99,
+        "higher": f"softmax-{pairs}",
+    }
+    for pairs in PAIRS
+] + [
+    {"text": text, "metric": "quality.accuracy", "lower": lower, "higher": higher}
+    for text, lower, higher in (
+        ("linear recalls fewer of 16 pairs than of 4", "linear-16", "linear-4"),
+        ("of 16 pairs linear recalls fewer than based", "linear-16", "based-16"),
+        ("of 16 pairs based recalls fewer with a tenth of the state", "based.4-16", "based-16"),
+        ("of 16 pairs linear recalls fewer than gated_delta", "linear-16", "gated_delta-16"),
+        ("of 16 pairs based recalls fewer than softmax", "based-16", "softmax-16"),
+    )
+]

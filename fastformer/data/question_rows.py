@@ -1,0 +1,82 @@
+"""Questions in rows: ``eod question eod context``, with the tokens that an answer begins and ends at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from fastformer.data.corpus import Corpus
+from fastformer.data.doc_questions import Question
+from fastformer.data.examples import Examples, Row
+from fastformer.data.splits import SPLITS
+from fastformer.data.tokenisers import Tokeniser
+
+SOME = 200  # questions that padding is counted in
+
+
+class QuestionRows(Examples):
+    """Rows of one question each; a context is cut to what fits.
+
+    A row's ``span_2`` holds the first and last token of the answer, both 0 (the row's first token) where
+    there is none, or none within the cut; ``context_T`` is 1 where an answer may stand.
+
+    Attributes:
+      questions: the held-out ones.
+    """
+
+    def __init__(self, corpus: Corpus, tokeniser: Tokeniser, length: int, yardsticks: Mapping[str, float]):
+        found = {split: list(corpus.records(split)) for split in SPLITS}
+        self.questions: list[Question] = found["heldout"]
+        self._length = length
+
+        def row(split: str, index: int) -> Row:
+            return question_row(found[split][index], tokeniser, length)
+
+        counts = {split: len(some) for split, some in found.items()}
+        super().__init__(corpus.title, counts, row, tokeniser.size, tokeniser, yardsticks)
+        some = found["heldout"][:SOME]
+        real = sum(len(_tokens(question, tokeniser, length)[0]) for question in some)
+        share = 1 - real / max(len(some) * length, 1)
+        self.description += f"; {100 * share:.1f} % padding in the first {len(some)} held out"
+
+    def answers(self, spans: np.ndarray) -> list[str]:
+        """Return the text of the spans ``[rows, 2]`` that were found for the first held-out questions."""
+        return [
+            answer(question, span, self.tokeniser, self._length)
+            for question, span in zip(self.questions, spans.tolist())
+        ]
+
+
+def _tokens(question: Question, tokeniser: Tokeniser, length: int) -> tuple[list[int], int]:
+    """Return the tokens of a row, and where the context begins in them."""
+    asked = [tokeniser.eod, *tokeniser.encode(question.question), tokeniser.eod]
+    return (asked + tokeniser.encode(question.context))[:length], min(len(asked), length)
+
+
+def question_row(question: Question, tokeniser: Tokeniser, length: int) -> Row:
+    """Return the row of a question."""
+    tokens, begin = _tokens(question, tokeniser, length)
+    row = {f"{name}_T": np.zeros(length, np.int32) for name in ("tokens", "segment", "position", "context")}
+    size = len(tokens)
+    row["tokens_T"][:size], row["segment_T"][:size] = tokens, 1
+    row["position_T"][:size] = np.arange(size)
+    row["context_T"][begin:size] = 1
+    row["span_2"] = np.asarray(_span(question, tokens, begin, tokeniser), np.int32)
+    return row | {"weights_": np.float32(1)}
+
+
+def _span(question: Question, tokens: Sequence[int], begin: int, tokeniser: Tokeniser) -> tuple[int, int]:
+    if question.start < 0:
+        return 0, 0
+    first = len(question.context[: question.start].encode())
+    last = first + len(question.answer.encode()) - 1
+    ends = np.cumsum(tokeniser.byte_lengths[np.asarray(tokens[begin:], np.int64)])
+    span = np.searchsorted(ends, [first, last], side="right")
+    return (0, 0) if span[1] >= len(ends) else (begin + int(span[0]), begin + int(span[1]))
+
+
+def answer(question: Question, span: Sequence[int], tokeniser: Tokeniser, length: int) -> str:
+    """Return the text of a span of a question's row."""
+    tokens, begin = _tokens(question, tokeniser, length)
+    return tokeniser.decode(tokens[span[0] : span[1] + 1]).strip() if span[0] >= begin else ""
