@@ -65,6 +65,8 @@ def get_config() -> ConfigDict:
     c.train.spike = 0.0  # a loss so many deviations above its average is skipped; 0 is off (NaN always is)
     c.train.bad_steps = 5  # skipped in a row before a run goes back to its last good checkpoint, past the bad
     c.train.rollbacks = 3  # times that it may go back
+    c.train.init = ""  # workdir of a finished run to begin with the weights of, cut down where larger
+    c.train.init_layers = "even"  # or change: which of its layers, where this model has fewer
 
     c.optimiser = ConfigDict()
     c.optimiser.name = "adamw"  # or muon (hidden matrices; the rest by AdamW), lion, adafactor

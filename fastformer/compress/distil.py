@@ -114,15 +114,7 @@ class Distil(Method):
           FieldError: the tokenisers differ, the teacher knows too few positions, or relations cannot be cut.
         """
         teacher = self._teacher(model)
-        prints = [x and x.fingerprint for x in (teacher.tokeniser, tokeniser)]
-        if prints[0] != prints[1]:
-            raise FieldError("teacher", f"{self.teacher} has another tokeniser than this run")
-        positions = teacher.model.config.positions
-        if positions == "learned" and model.length > teacher.model.length:
-            most = teacher.model.length
-            raise FieldError(
-                "teacher", f"{self.teacher} has learned {most} positions, and rows have {model.length}"
-            )
+        teacher.check_text(tokeniser, model.length)
         for other in (teacher.model, bare(model)) if self.relations else ():
             self._check_relations(other)
         return teacher.weights(COMPUTE[self.dtype], place)

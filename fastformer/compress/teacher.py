@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from fastformer import models, tasks
@@ -52,19 +53,38 @@ class Teacher:
 
         params = unstack(replace_leaves(store.tree(store.load(path)), whole_array))
 
-        def init() -> Any:
-            return self.model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32), whole(1, 2))["params"]
-
-        store.check_fits(params, jax.eval_shape(lambda: nn.unbox(init())), str(path))
-        letters = nn.get_partition_spec(jax.eval_shape(init))
+        store.check_fits(params, jax.eval_shape(lambda: nn.unbox(self._init())), str(path))
+        letters = self.letters()
 
         def one(path: str, x: jax.Array) -> jax.Array:
-            node = letters
-            for name in path.split("/"):
-                node = node[name]
-            return place(x.astype(dtype) if x.ndim > 1 else x, tuple(node))
+            return place(x.astype(dtype) if x.ndim > 1 else x, letters[path])
 
         return replace_leaves(params, one)
+
+    def letters(self) -> dict[str, tuple[str, ...]]:
+        """Return the letters of the axes of every weight, by path."""
+        return {path: tuple(x) for path, x in flatten_dict(self._boxed(), sep="/").items()}
+
+    def _boxed(self) -> Any:
+        return nn.get_partition_spec(jax.eval_shape(self._init))
+
+    def _init(self) -> Any:
+        return self.model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32), whole(1, 2))["params"]
+
+    def check_text(self, tokeniser: Any, length: int) -> None:
+        """Check that it reads the tokens and the positions of rows of ``length`` tokens.
+
+        Raises:
+          FieldError: it does not.
+        """
+        prints = [x and x.fingerprint for x in (self.tokeniser, tokeniser)]
+        if prints[0] != prints[1]:
+            raise FieldError("teacher", f"{self.workdir} has another tokeniser than this run")
+        most = self.model.length
+        if self.model.config.positions == "learned" and length > most:
+            raise FieldError(
+                "teacher", f"{self.workdir} has learned {most} positions, and rows have {length}"
+            )
 
 
 def find(workdir: str) -> ConfigDict:

@@ -50,10 +50,16 @@ def export(run: Run, params: Any) -> Any:
     if not run.compression:
         return params
 
+    return run.compression.export(run.model, params, calibration(run))
+
+
+def calibration(run: Run) -> Calibration:
+    """Return the text on which weights are looked at."""
+
     def batches():
         return (put_batch(run, batch) for batch in islice(_first_batches(run), run.config.compress.batches))
 
-    return run.compression.export(run.model, params, Calibration(batches, run.task.loss))
+    return Calibration(batches, run.task.loss)
 
 
 def _first_batches(run: Run):

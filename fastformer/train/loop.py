@@ -16,6 +16,7 @@ from fastformer.core.errors import UserError
 from fastformer.core.mesh import use
 from fastformer.decode import GenerateConfig
 from fastformer.train import deployed, result, setup
+from fastformer.train.begin import begun
 from fastformer.train.checkpoint import CheckpointConfig, Checkpoints, Restored
 from fastformer.train.evaluate import EvaluateConfig, Evaluation, decoded, make_evaluate
 from fastformer.train.logging import LogConfig, MetricsLog
@@ -88,7 +89,7 @@ def _train(run: Run, tx: Any, schedule: Any, stop: Stop) -> None:
                 line=line,
                 evaluate=make_evaluate(run),
                 iterator=_iterator(run, restored.data if restored else None),
-                state=restored.state if restored else initial_state(run, tx, abstract),
+                state=restored.state if restored else _first(run, tx, abstract, line),
                 step=step,
                 best=_best(restored),
                 times=Times(**restored.progress["times"]) if restored else Times(),
@@ -104,6 +105,15 @@ def _train(run: Run, tx: Any, schedule: Any, stop: Stop) -> None:
 
 def _origin(step: int) -> str:
     return f"going on from step {step}" if step else "from the start"
+
+
+def _first(run: Run, tx: Any, abstract: TrainState, line: ProgressLine) -> TrainState:
+    """Return the state at step 0."""
+    state = initial_state(run, tx, abstract)
+    if run.config.train.init:
+        state, said = begun(run, state, abstract)
+        line.say(said)
+    return state
 
 
 def _check_same_run(run: Run, restored: Restored | None) -> None:

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from fastformer import compress, models, tasks
 from fastformer.core import config as configuration
 from fastformer.core.config import CONFIG, section
-from fastformer.core.errors import UserError, require
+from fastformer.core.errors import UserError, lookup, require
 from fastformer.core.mesh import MeshConfig, check_divisible, make_mesh, rules
 from fastformer.data import DataConfig
 from fastformer.data.atomic import atomic
@@ -40,6 +40,7 @@ class TrainConfig:
       spike: standard deviations above its average at which a loss is a spike; 0 is off.
       bad_steps: skipped in a row before the run goes back to its last good checkpoint.
       rollbacks: how often it may.
+      init: workdir of a run to begin with the weights of; "" is none. init_layers: a row of begin.LAYERS.
     """
 
     steps: int
@@ -50,12 +51,15 @@ class TrainConfig:
     spike: float
     bad_steps: int
     rollbacks: int
+    init: str
+    init_layers: str
 
     def __post_init__(self) -> None:
         for field in ("steps", "batch", "accumulate", "bad_steps"):
             require(getattr(self, field) >= 1, field, getattr(self, field), "1 or more")
         # A batch of a million rows is a slip of the hand, which would end as a lack of memory.
         require(self.batch <= 2**20, "batch", self.batch, f"at most {2**20:,}")
+        lookup(dict.fromkeys(("even", "change")), self.init_layers, "init_layers")
         for field in ("spike", "rollbacks"):
             require(getattr(self, field) >= 0, field, getattr(self, field), "0 or more")
         allowed = f"a number of parts that divides config.train.batch, {self.batch}"
