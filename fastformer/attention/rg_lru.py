@@ -107,8 +107,9 @@ class RGLRU(Recurrent):
 
     A convolution without SiLU, the recurrence, and a GeLU branch that multiplies it. The gates' matrices
     are block-diagonal by heads. There are no queries and keys: with fewer ``kv_heads`` each head of the
-    recurrence is shared by several of the branch. The projections have no biases, and heads x head_width
-    stands for the recurrence's width, 4/3 D in the paper and D in RecurrentGemma.
+    recurrence is shared by several of the branch, and ``qk_norm`` does nothing. The projections have no
+    biases, and heads x head_width stands for the recurrence's width, 4/3 D in the paper and D in
+    RecurrentGemma.
     """
 
     convolution: ClassVar[int] = 4

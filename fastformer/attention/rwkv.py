@@ -9,8 +9,9 @@ import jax.numpy as jnp
 
 from fastformer.attention.gating import Recurrent, unit
 from fastformer.attention.recurrence import Memory, Tokens, empty_memory, grouped, loop, recur
-from fastformer.attention.short_conv import windows
+from fastformer.attention.short_conv import Past, windows
 from fastformer.core.errors import require
+from fastformer.core.layers import RMSNorm
 from fastformer.core.seq import Seq
 
 NORM_EPSILON = 64e-5  # of the authors' code
@@ -77,10 +78,15 @@ class RWKV7(Recurrent):
         super().__post_init__()
 
     def past_features(self):
-        return max(1, self.conv_width - 1), self.width or self.heads * self.head_width
+        """The token before, whose inputs are mixed in; with a short convolution, what it needs as well."""
+        tokens, features = super().past_features()
+        width = self.width or self.heads * self.head_width
+        return (tokens, width + features) if tokens else (1, width)
 
     def project(self, x_BTD, x_BSD, seqs, past):
-        (now, before), past = windows(x_BTD, seqs[0], 2, past)
+        tokens, width = self.past_features()[0], x_BTD.shape[-1]
+        shifted, convolved = (None, None) if past is None else _split(past, width)
+        (now, before, *_), shifted = windows(x_BTD, seqs[0], tokens + 1, shifted)
         half = jax.nn.initializers.constant(0.5)
 
         def mixed(name: str) -> jax.Array:  # eq. 3
@@ -92,6 +98,11 @@ class RWKV7(Recurrent):
         k_BTGK = self.linear("key", mixed("key"), "BTD,DGK->BTGK", self.groups, keys)
         v_BTGP = self.linear("value", mixed("value"), "BTD,DGP->BTGP", self.groups, values)
         shape = (self.groups, keys)
+        if self.conv_width:
+            (r_BTHK, k_BTGK, v_BTGP), convolved = self.convolve((r_BTHK, k_BTGK, v_BTGP), seqs[0], convolved)
+            shifted = _joined(shifted, convolved)
+        if self.qk_norm:
+            r_BTHK, k_BTGK = RMSNorm("K", name="query_norm")(r_BTHK), RMSNorm("K", name="key_norm")(k_BTGK)
         log_BTGK = self.low_rank("decay", mixed("decay"), rank, shape, jnp.tanh)
         log_BTGK += self.vector("decay_bias", "GK", shape, _spread)
         log_BTGK = -math.exp(-0.5) * jax.nn.sigmoid(log_BTGK)  # eq. 8
@@ -101,7 +112,7 @@ class RWKV7(Recurrent):
         gate_BTHP = self.low_rank("open", mixed("open"), rank, (self.heads, values), jax.nn.sigmoid)
         removed_BTGK = unit(k_BTGK * self.vector("removal", "GK", shape, ones))  # eqs. 5, 15
         k_BTGK *= 1.0 + (rate_BTGK - 1.0) * self.vector("replacement", "GK", shape, ones)  # eq. 6
-        return (r_BTHK, k_BTGK, v_BTGP, log_BTGK, removed_BTGK, rate_BTGK, gate_BTHP), past
+        return (r_BTHK, k_BTGK, v_BTGP, log_BTGK, removed_BTGK, rate_BTGK, gate_BTHP), shifted
 
     def mix(self, qkv, seqs, state):
         y_BTHP, state = recur(transition(*qkv[:-1]), seqs[0], state)
@@ -128,3 +139,16 @@ class RWKV7(Recurrent):
 def _spread(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:
     """Return biases from -6 to -1 over the channels of a head: some forget slowly, some at once."""
     return jnp.broadcast_to(jnp.linspace(-6.0, -1.0, shape[-1], dtype=dtype), shape)
+
+
+def _split(past: Past, width: int) -> tuple[Past, Past]:
+    """Return the past of the first ``width`` features and that of the others."""
+    first, others = past.token_BWR[..., :width], past.token_BWR[..., width:]
+    return Past(first, past.segment_BW), Past(others, past.segment_BW)
+
+
+def _joined(first: Past, others: Past) -> Past:
+    """Return one past of the features of both, or the first where the other remembers no token."""
+    if not others.token_BWR.shape[1]:
+        return first
+    return Past(jnp.concatenate([first.token_BWR, others.token_BWR], axis=-1), first.segment_BW)

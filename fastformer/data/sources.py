@@ -11,6 +11,7 @@ from fastformer.data import stdlib
 from fastformer.data.corpus import Corpus
 from fastformer.data.digits import open_digits
 from fastformer.data.doc_questions import open_questions
+from fastformer.data.kjv import open_kjv
 from fastformer.data.libreoffice import fetch, open_help
 from fastformer.data.parallel import open_catalogues
 from fastformer.data.prepared import open_prepared
@@ -71,6 +72,7 @@ SOURCES = {
             "images": open_prepared_images,
         },
     ),
+    "kjv": Source("kjv", {"text": open_kjv}),
     "libreoffice_help:": Source(
         "libreoffice_help: and a language as Debian has it, as in libreoffice_help:de",
         {"pairs": open_help},

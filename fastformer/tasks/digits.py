@@ -32,12 +32,12 @@ class Digits(Classify):
 
     def open(self, data, workdir, config):
         corpus = open_source(data.source, self.kind, data.root())
-        if workdir is not None:
-            keep_record(corpus, workdir)
         images = {split: list(corpus.records(split)) for split in SPLITS}
         pixels = max(len(image) for some in images.values() for image, _ in some)
         if data.length < pixels:
             raise FieldError("config.data.length", f"{data.length} is not allowed; an image has {pixels}")
+        if workdir is not None:
+            keep_record(corpus, workdir)
         shades = DIGIT_SHADES if data.source == "digits" else SHADES
 
         def row(split, index):
