@@ -13,9 +13,9 @@ from pathlib import Path
 from fastformer.core import config as configuration
 from fastformer.core.errors import UserError, nearest
 
-FROM_CONFIG = ("train", "prepare", "benchmark", "compile")  # the others take a run's own
+FROM_CONFIG = ("train", "prepare", "benchmark", "compile", "import")  # the others take a run's own
 ROOT = Path(__file__).resolve().parent
-MODES = ("train", "prepare", "evaluate", "generate", "benchmark", "compile")
+MODES = ("train", "prepare", "evaluate", "generate", "benchmark", "compile", "import", "export")
 TOO_LARGE = (
     "out of memory; lower config.train.batch or config.data.length, or raise config.train.accumulate; "
     "config.model.remat=full keeps less"
@@ -26,6 +26,9 @@ ASKED = {  # flags, their mode, and what they are
     "question": ("generate", "to be answered from --context"),
     "context": ("generate", "text that holds the answer"),
     "topology": ("compile", "TPUs to compile for, as v5e:16x16"),
+    "weights": ("import", "a .gguf file, a Hugging Face directory, or the name of a model on its hub"),
+    "format": ("export", "huggingface, gguf, gguf:q8_0, gguf:q4_0 or stablehlo"),
+    "output": ("export", "a new folder"),
 }
 
 

@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
     # qa and answer take python_questions; tfds: has what any of them needs, as in tfds:squad/v2.0.
     c.data.source = "python_code"
     c.data.directory = ""  # prepared data; "" is $FASTFORMER_DATA or ~/.cache/fastformer
-    c.data.tokeniser = "bytes"  # or bpe, trained on the train split and kept with the run
+    c.data.tokeniser = "bytes"  # or bpe, trained on the train split and kept with the run; run:DIR is DIR's
     c.data.vocabulary = 4096  # tokens of a bpe tokeniser; bytes always has 257
     c.data.length = 256  # T: tokens a row; documents are packed and cut to it
 
@@ -35,7 +35,9 @@ def get_config() -> ConfigDict:
     c.model.head_width = 0  # K = P: of one head; 0 is width / heads
     c.model.ff_width = 0  # F: hidden neurons of the MLP; 0 is 4 width (gelu) or 8/3 width (swiglu)
     c.model.norm = "rms"  # or layer
+    c.model.norm_epsilon = 0.0  # added to what a norm divides by the root of; 0 is 1e-6 (rms), 1e-5 (layer)
     c.model.mlp = "swiglu"  # or gelu
+    c.model.bias = False  # the linear maps of mixers and MLPs have biases
     c.model.positions = "rope"  # or alibi, sinusoidal, learned, none
     c.model.rope_base = 10000.0  # wavelength of the slowest pair, in units of 2 pi tokens
     c.model.qk_norm = False  # RMS-normalise queries and keys per head

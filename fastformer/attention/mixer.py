@@ -58,6 +58,7 @@ class Mixer(nn.Module):
       soft_cap: bound of the scores; 0 is off.
       short_conv: tokens that a causal convolution of q, k and v spans; 0 is off, -1 as published.
       output_gate: multiply by ``sigmoid(x W)`` before the output projection.
+      bias: of the linear maps, but those that make decays and strengths.
       out_scale: of the initial output projection.
       width: D, for states that keep tokens as they came; 0 is H K.
       length: the most tokens of a row, for variants that have weights per position.
@@ -90,6 +91,7 @@ class Mixer(nn.Module):
     soft_cap: float = 0.0
     short_conv: int = -1
     output_gate: bool = False
+    bias: bool = False
     out_scale: float = 1.0
     width: int = 0
     length: int = 0
@@ -165,7 +167,8 @@ class Mixer(nn.Module):
         heads, value, width = *y_BTHP.shape[2:], x_BTD.shape[-1]
         if self.output_gate:
             y_BTHP = y_BTHP * jax.nn.sigmoid(self.linear("gate", x_BTD, "BTD,DHP->BTHP", heads, value))
-        return Linear("BTHP,HPD->BTD", (heads, value, width), self.out_scale, self.dtype, name="out")(y_BTHP)
+        shape = (heads, value, width)
+        return Linear("BTHP,HPD->BTD", shape, self.out_scale, self.dtype, self.bias, name="out")(y_BTHP)
 
     def past_features(self) -> tuple[int, int]:
         """Return how many tokens of the past ``project`` needs, and how many features of each."""
@@ -183,7 +186,8 @@ class Mixer(nn.Module):
           exact: in float32 whatever the dtype, as what becomes a decay or a strength must be.
         """
         dtype = jnp.float32 if exact else self.dtype
-        return Linear(spec, (x_BTD.shape[-1], *sizes), dtype=dtype, name=name)(x_BTD)
+        bias = self.bias and not exact
+        return Linear(spec, (x_BTD.shape[-1], *sizes), dtype=dtype, bias=bias, name=name)(x_BTD)
 
     def convolve(
         self, parts: tuple[jax.Array, ...], seq: Seq, past: Past | None, bias: bool = False
@@ -227,7 +231,8 @@ class Mixer(nn.Module):
             y_BTHP, inner = self.mix(qkv, seqs, inner)
             state = Convolved(inner, past) if carries else inner
         y_BTHP = constrain(zero_padding(y_BTHP, seq), "BTHP")
-        return self.finish(y_BTHP, x_BTD), state
+        y_BTD = self.finish(y_BTHP, x_BTD)
+        return zero_padding(y_BTD, seq) if self.bias else y_BTD, state
 
     def _refuse(self, state: Any, context: Context | None) -> None:
         asked = {

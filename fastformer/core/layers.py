@@ -13,7 +13,7 @@ from fastformer.core.seq import Seq
 
 
 class Linear(nn.Module):
-    """A linear map without bias, ``y = einsum(spec, x, weight)``.
+    """A linear map, ``y = einsum(spec, x, weight)``, plus a bias where asked for.
 
     Attributes:
       spec: such as ``"BTD,DHK->BTHK"``; the weight's letters are its logical axes too.
@@ -26,6 +26,7 @@ class Linear(nn.Module):
     shape: tuple[int, ...]
     scale: float = 1.0
     dtype: jnp.dtype = jnp.float32
+    bias: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -34,7 +35,12 @@ class Linear(nn.Module):
         fan_in = math.prod(size for letter, size in zip(letters, self.shape) if letter not in out)
         init = nn.initializers.normal(self.scale / math.sqrt(fan_in))
         weight = self.param("weight", nn.with_logical_partitioning(init, tuple(letters)), self.shape)
-        return constrain(jnp.einsum(self.spec, x.astype(self.dtype), weight.astype(self.dtype)), out)
+        y = jnp.einsum(self.spec, x.astype(self.dtype), weight.astype(self.dtype))
+        if self.bias:
+            last = tuple(letter for letter in letters if letter in out)
+            zeros = nn.with_logical_partitioning(nn.initializers.zeros, last)
+            y += _broadcast(self.param("bias", zeros, y.shape[-len(last) :]), y.ndim).astype(self.dtype)
+        return constrain(y, out)
 
 
 class RMSNorm(nn.Module):
@@ -80,8 +86,8 @@ class LayerNorm(nn.Module):
         return (y * _broadcast(scale, x.ndim) + _broadcast(bias, x.ndim)).astype(x.dtype)
 
 
-def _broadcast(vector: jax.Array, ndim: int) -> jax.Array:
-    return vector.reshape((1,) * (ndim - 1) + vector.shape)
+def _broadcast(last: jax.Array, ndim: int) -> jax.Array:
+    return last.reshape((1,) * (ndim - last.ndim) + last.shape)
 
 
 def zero_padding(x: jax.Array, seq: Seq) -> jax.Array:

@@ -43,7 +43,7 @@ class MaskedText(TextData):
     def _hidden(self, batch: Batch, rngs: Sequence[np.random.Generator]) -> Batch:
         tokens_BT = batch["tokens_BT"]
         fate_2BT = np.stack([rng.random((2, tokens_BT.shape[1])) for rng in rngs], axis=1)
-        any_BT = np.stack([rng.integers(self.tokeniser.eod, size=tokens_BT.shape[1]) for rng in rngs])
+        any_BT = np.stack([rng.integers(self.tokeniser.size - 1, size=tokens_BT.shape[1]) for rng in rngs])
         chosen_BT = (fate_2BT[0] < self._chosen) & (batch["segment_BT"] > 0)
         chosen_BT &= tokens_BT != self.tokeniser.eod
         how_BT = fate_2BT[1]
@@ -57,7 +57,7 @@ class MaskedText(TextData):
 
     def yardsticks(self) -> dict[str, float]:
         """Return the accuracy of always guessing the commonest of the held-out tokens."""
-        counts = np.bincount(self._heldout, minlength=self.vocabulary)[: self.tokeniser.eod]
+        counts = np.bincount(self._heldout[self._heldout != self.tokeniser.eod])
         return {"commonest_token_accuracy": float(counts.max() / counts.sum())}
 
 

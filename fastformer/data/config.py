@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fastformer.core.errors import lookup, require
 from fastformer.data.sources import SOURCES, split_source
-from fastformer.data.tokenisers import TOKENISERS
+from fastformer.data.tokenisers import OF_RUN, TOKENISERS
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class DataConfig:
     Attributes:
       source: a row of SOURCES: ``python_code``, ``python_docs``, ``files:GLOB`` or ``tfds:NAME``.
       directory: holds what is prepared; "" is $FASTFORMER_DATA or ~/.cache/fastformer.
-      tokeniser: a row of TOKENISERS.
+      tokeniser: a row of TOKENISERS, or ``run:DIR``, the one that is kept with the run in DIR.
       vocabulary: tokens of a bpe tokeniser in all, bytes and end of document included.
       length: T, tokens a row.
     """
@@ -33,7 +33,8 @@ class DataConfig:
         key, argument = split_source(self.source)
         lookup(SOURCES, key, "source")
         require(bool(argument) == key.endswith(":"), "source", self.source, SOURCES[key].form)
-        lookup(TOKENISERS, self.tokeniser, "tokeniser")
+        if not self.tokeniser.startswith(OF_RUN):
+            lookup({**TOKENISERS, f"{OF_RUN}DIR": None}, self.tokeniser, "tokeniser")
         good = 257 <= self.vocabulary <= 2**24
         require(good, "vocabulary", self.vocabulary, "from 257 (256 bytes and end of document) to 2^24")
         require(self.length >= 1, "length", self.length, "a number of tokens, at least 1")

@@ -22,7 +22,7 @@ from fastformer.data.order import check, endless
 from fastformer.data.rows import PADDING, Batch, Rows
 from fastformer.data.sources import open_source
 from fastformer.data.splits import SPLITS
-from fastformer.data.tokenisers import FILE, BPETokeniser, ByteTokeniser, Tokeniser, load_tokeniser
+from fastformer.data.tokenisers import FILE, OF_RUN, BPETokeniser, ByteTokeniser, Tokeniser, load_tokeniser
 
 RECORD = "data.json"  # in a run's workdir
 
@@ -199,6 +199,8 @@ def _tokeniser(config: DataConfig, corpus: Corpus, root: Path, workdir: Path | N
     if workdir is not None and (Path(workdir) / FILE).exists():
         return load_tokeniser(workdir)
     tokeniser: Tokeniser = ByteTokeniser()
+    if config.tokeniser.startswith(OF_RUN):
+        tokeniser = load_tokeniser(Path(config.tokeniser.removeprefix(OF_RUN)))
     if config.tokeniser == "bpe":
         home = root / f"bpe-{_key(corpus, str(config.vocabulary))}"
         try:

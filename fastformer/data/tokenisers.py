@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -50,7 +51,7 @@ class Tokeniser(abc.ABC):
         """Return the tokens of each text, never the end of document; lone surrogates become ``?``."""
 
     @abc.abstractmethod
-    def state(self) -> dict[str, str]:
+    def state(self) -> dict[str, Any]:
         """Return what ``load_tokeniser`` rebuilds it from."""
 
     @property
@@ -114,19 +115,40 @@ class ByteTokeniser(Tokeniser):
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
         return [list(text.encode("utf-8", "replace")) for text in texts]
 
-    def state(self) -> dict[str, str]:
+    def state(self) -> dict[str, Any]:
         return {"name": "bytes"}
 
 
 class BPETokeniser(Tokeniser):
-    """Byte-level byte-pair encoding (Sennrich et al. 2016, 1508.07909; on bytes: Radford et al. 2019)."""
+    """Byte-level byte-pair encoding (Sennrich et al. 2016, 1508.07909; on bytes: Radford et al. 2019).
 
-    def __init__(self, model: str):
+    One that comes from elsewhere may have special tokens, which stand for no byte and which no text spells.
+
+    Attributes:
+      model: JSON of the library tokenizers. eod: the end of document, where it is not the last token.
+      size: V, where tokens follow that stand for nothing.
+
+    Raises:
+      ValueError: tokens are not made of bytes.
+    """
+
+    def __init__(self, model: str, eod: int | None = None, size: int | None = None):
         self._model = tokenizers.Tokenizer.from_str(model)
-        self._json = model
-        byte_of = {character: value for value, character in _byte_characters().items()}
-        spelt = sorted(self._model.get_vocab().items(), key=lambda item: item[1])
-        self.token_bytes = [bytes(byte_of[character] for character in token) for token, _ in spelt] + [b""]
+        self._model.encode_special_tokens = True  # as text
+        self._json, self._eod = model, eod
+        byte_of = {character: value for value, character in byte_characters().items()}
+        names, added = self._model.get_vocab(with_added_tokens=False), self._model.get_added_tokens_decoder()
+        self.token_bytes = [b""] * (size or len(names) + 1)
+        try:
+            for token, number in names.items():
+                if number not in added or not added[number].special:
+                    self.token_bytes[number] = bytes(byte_of[character] for character in token)
+        except (KeyError, IndexError) as error:
+            raise ValueError(f"the token {token!r} is not made of bytes") from error
+
+    @property
+    def eod(self) -> int:
+        return super().eod if self._eod is None else self._eod
 
     @classmethod
     def train(cls, documents: Iterable[str], vocabulary: int) -> BPETokeniser:
@@ -149,13 +171,16 @@ class BPETokeniser(Tokeniser):
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
         pieces = [list(_pieces(text.encode("utf-8", "replace").decode())) for text in texts]
-        encoded = iter(self._model.encode_batch_fast([piece for text in pieces for piece in text]))
+        flat = [piece for text in pieces for piece in text]
+        encoded = iter(self._model.encode_batch_fast(flat, add_special_tokens=False))
         return [[token for _ in text for token in next(encoded).ids] for text in pieces]
 
-    def state(self) -> dict[str, str]:
-        return {"name": "bpe", "model": self._json}
+    def state(self) -> dict[str, Any]:
+        own = {} if self._eod is None else {"eod": self._eod, "size": self.size}
+        return {"name": "bpe", "model": self._json, **own}
 
 
+OF_RUN = "run:"  # begins the name of the tokeniser that a run keeps
 TOKENISERS = {"bytes": ByteTokeniser, "bpe": BPETokeniser}
 
 
@@ -175,7 +200,7 @@ def load_tokeniser(workdir: Path) -> Tokeniser:
         raise UserError(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
 
 
-def _byte_characters() -> dict[int, str]:
+def byte_characters() -> dict[int, str]:
     """Return the printable character by which a byte-level BPE writes each byte.
 
     A printable Latin-1 byte is its own character; the others are U+0100 and on, in order.

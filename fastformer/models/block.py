@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -18,6 +20,12 @@ from fastformer.models.config import ModelConfig
 NORM_LAYERS = {"rms": RMSNorm, "layer": LayerNorm}
 
 
+def norm_of(config: ModelConfig) -> Callable[..., nn.Module]:
+    """Return what makes a norm of the residual stream."""
+    epsilon = {"epsilon": config.norm_epsilon} if config.norm_epsilon else {}
+    return functools.partial(NORM_LAYERS[config.norm], **epsilon)
+
+
 class MLP(nn.Module):
     """``gelu(x W) W'`` or ``(silu(x W) * x U) W'`` (SwiGLU: Shazeer 2020, 2002.05202, eq. 6)."""
 
@@ -26,14 +34,14 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         c, dtype = self.config, COMPUTE[self.config.dtype]
-        up = (c.width, c.hidden)
-        h_BTF = Linear("BTD,DF->BTF", up, dtype=dtype, name="up")(x_BTD)
+        up, kind = (c.width, c.hidden), {"dtype": dtype, "bias": c.bias}
+        h_BTF = Linear("BTD,DF->BTF", up, **kind, name="up")(x_BTD)
         if c.mlp == "swiglu":
-            h_BTF *= nn.silu(Linear("BTD,DF->BTF", up, dtype=dtype, name="gate")(x_BTD))
+            h_BTF *= nn.silu(Linear("BTD,DF->BTF", up, **kind, name="gate")(x_BTD))
         else:
             h_BTF = nn.gelu(h_BTF)
         scale = (2 * c.layers) ** -0.5  # GPT-2: branches that join a stream of 2 L of them
-        return Linear("BTF,FD->BTD", up[::-1], scale, dtype, name="down")(h_BTF)
+        return Linear("BTF,FD->BTD", up[::-1], scale, **kind, name="down")(h_BTF)
 
 
 class Block(nn.Module):
@@ -60,7 +68,7 @@ class Block(nn.Module):
         context: Context | None = None,
     ) -> tuple[jax.Array, Any]:
         """Return ``(x_BTD, state)``."""
-        norm, rate = NORM_LAYERS[self.config.norm], self.config.dropout
+        norm, rate = norm_of(self.config), self.config.dropout
         mixer = self.config.encoder_mixer if self.stack == "encoder" else self.config.mixer
         mixed, state = mixer(self.layer, self.length)(norm(name="mixer_norm")(x_BTD), seq, state)
         x_BTD += nn.Dropout(rate)(mixed, deterministic=deterministic)

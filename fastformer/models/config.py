@@ -57,6 +57,8 @@ class ModelConfig:
     bidirectional: bool = False
     encoder_layers: int = 0
     encoder_pattern: tuple[str, ...] = ()
+    bias: bool = False
+    norm_epsilon: float = 0.0
 
     def __post_init__(self) -> None:
         for field in ("layers", "width", "heads"):
@@ -69,7 +71,10 @@ class ModelConfig:
             ("ff_width", 2**22),
         ):
             require(getattr(self, field) <= most, field, getattr(self, field), f"at most {most:,}")
-        for field in ("kv_heads", "head_width", "ff_width", "soft_cap", "encoder_layers", "loss_chunk"):
+        for field in (
+            *("kv_heads", "head_width", "ff_width", "soft_cap", "encoder_layers", "loss_chunk"),
+            "norm_epsilon",
+        ):
             require(getattr(self, field) >= 0, field, getattr(self, field), "0 or more")
         for field, kinds in (("norm", NORMS), ("mlp", MLPS), ("positions", KINDS), ("dtype", tuple(COMPUTE))):
             lookup(dict.fromkeys(kinds), getattr(self, field), field)
@@ -178,6 +183,7 @@ class ModelConfig:
             "soft_cap": self.soft_cap,
             "short_conv": self.short_conv,
             "output_gate": self.output_gate,
+            "bias": self.bias,
             "out_scale": (2 * self.layers) ** -0.5,
             "width": self.width,
             "length": length,

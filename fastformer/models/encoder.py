@@ -12,7 +12,7 @@ from fastformer.core.dtypes import COMPUTE
 from fastformer.core.errors import FieldError
 from fastformer.core.layers import Linear, zero_padding
 from fastformer.core.seq import Seq
-from fastformer.models.block import NORM_LAYERS
+from fastformer.models.block import norm_of
 from fastformer.models.config import ModelConfig
 from fastformer.models.parts import Tables, embed, logits_of
 from fastformer.models.stack import run_stack
@@ -69,7 +69,7 @@ class Encoder(nn.Module):
         tables = Tables.of(self)
         x_BTD = embed(c, tables, tokens_BT, seq, deterministic)
         x_BTD, _ = run_stack(c, self.length, x_BTD, seq, None, deterministic)
-        x_BTD = zero_padding(NORM_LAYERS[c.norm](name="norm")(x_BTD), seq)
+        x_BTD = zero_padding(norm_of(c)(name="norm")(x_BTD), seq)
         if self.head is None:
             return logits_of(c, tables)(x_BTD), None
         if self.head.pooled:

@@ -14,7 +14,7 @@ from fastformer.core.dtypes import COMPUTE
 from fastformer.core.errors import FieldError
 from fastformer.core.layers import zero_padding
 from fastformer.core.seq import Seq, whole
-from fastformer.models.block import NORM_LAYERS, Block
+from fastformer.models.block import Block, norm_of
 from fastformer.models.config import ModelConfig
 from fastformer.models.parts import Tables, embed, logits_of
 from fastformer.models.stack import init_state
@@ -97,7 +97,7 @@ class EncoderDecoder(nn.Module):
             block = Block(self.config, layer, self.length, "decoder", name=f"layer_{layer}")
             x_BTD, end = block(x_BTD, seq, states[layer], deterministic, context)
             ends.append(end)
-        x_BTD = NORM_LAYERS[self.config.norm](name="norm")(x_BTD)
+        x_BTD = norm_of(self.config)(name="norm")(x_BTD)
         return logits_of(self.config, tables)(x_BTD), Written(context, tuple(ends))
 
     def _encode(self, tables: Tables, source: Source, deterministic: bool) -> Context:
@@ -105,7 +105,7 @@ class EncoderDecoder(nn.Module):
         for layer in range(self.config.encoder_layers):
             block = Block(self.config, layer, self.length, "encoder", name=f"encoder_{layer}")
             x_BSD, _ = block(x_BSD, source.seq, None, deterministic)
-        x_BSD = NORM_LAYERS[self.config.norm](name="encoder_norm")(x_BSD)
+        x_BSD = norm_of(self.config)(name="encoder_norm")(x_BSD)
         return Context(constrain(zero_padding(x_BSD, source.seq), "BSD"), source.seq)
 
     def init_state(self, batch: int, capacity: int, context: Context | None = None) -> Written:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import sys
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -21,6 +22,7 @@ from fastformer.compress.store import WEIGHTS
 from fastformer.core.mesh import use
 from fastformer.core.trees import paths
 from fastformer.models.stack import unstack
+from fastformer.train.checkpoint import FOLDER as CHECKPOINTS
 from fastformer.train.checkpoint import restore_params
 from fastformer.train.setup import Run
 from fastformer.train.state import abstract_params
@@ -78,14 +80,20 @@ def to_bytes(run: Run, weights: Any) -> bytes:
     return store.dump(arrays) if run.compression else to_safetensors(arrays)
 
 
+def is_imported(workdir: Path) -> bool:
+    """Return whether a workdir holds the weights of a model from elsewhere, which never trained here."""
+    return (workdir / WEIGHTS).exists() and not (workdir / CHECKPOINTS).exists()
+
+
 def restore(run: Run) -> Any:
-    """Return the weights to run: as stored of a finished run with compression, of its checkpoint otherwise.
+    """Return the weights to run: as stored of a finished run with compression and of an imported one, of its
+    checkpoint otherwise.
 
     Raises:
       UserError: there are none that are whole and fit the model.
     """
     path = run.workdir / WEIGHTS
-    if not (run.compression and path.exists()):
+    if not path.exists() or not (run.compression or is_imported(run.workdir)):
         return restore_params(run)
     params = store.tree(store.load(path))
     with use(run.mesh, run.rules):

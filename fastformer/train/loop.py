@@ -58,6 +58,11 @@ def train(config: ConfigDict, workdir: Path | str, devices: list[jax.Device] | N
             if result.is_finished(config, workdir):
                 result.say_finished(workdir)
                 return
+            if deployed.is_imported(workdir):
+                raise UserError(
+                    f"--workdir: {workdir} holds an imported model; train elsewhere with "
+                    f"config.train.init={workdir}"
+                )
             setup.forget_text(workdir)
             run = setup.build_run(config, workdir, devices)
             with use(run.mesh, run.rules):

@@ -18,7 +18,7 @@ from fastformer.data.atomic import make_directory
 from fastformer.data.sources import SOURCES, split_source
 from fastformer.decode import GenerateConfig
 from fastformer.report.benchmark import run_benchmark
-from fastformer.train import ahead, deployed, loop, setup
+from fastformer.train import ahead, deployed, imports, loop, setup
 from fastformer.train.evaluate import completer
 from fastformer.train.evaluate import evaluate as measure
 
@@ -79,12 +79,29 @@ def compile_ahead(config: ConfigDict, workdir: Path, asked: Asked) -> None:
     print(f"{ahead.describe(found)}\n\n{json.dumps(found)}")
 
 
+def import_(config: ConfigDict, workdir: Path, asked: Asked) -> None:
+    """Make the run in ``workdir`` that a model from elsewhere is."""
+    if len(asked.get("weights", ())) != 1:
+        raise UserError("--mode=import: needs one --weights: a .gguf, a directory or the name of a model")
+    print(imports.make(config, workdir, asked["weights"][0]))
+
+
+def export(config: ConfigDict | None, workdir: Path, asked: Asked) -> None:
+    """Write the run's deployed weights in a format of others."""
+    for name in ("format", "output"):
+        if len(asked.get(name, ())) != 1:
+            raise UserError(f"--mode=export: needs one --{name}")
+    print(imports.export(workdir, asked["format"][0], asked["output"][0]))
+
+
 MODES: dict[str, Callable[[ConfigDict, Path, Asked], None]] = {
     "train": train,
     "prepare": prepare,
     "evaluate": evaluate,
     "generate": generate,
     "compile": compile_ahead,
+    "import": import_,
+    "export": export,
     "benchmark": benchmark,
 }
 
