@@ -33,7 +33,8 @@ def build(**model):
 @pytest.mark.parametrize(
     "model",
     [
-        {"norm": "layer", "mlp": "gelu"},
+        {"norm": "layer", "mlp": "gelu", "bias": True},
+        {"norm_epsilon": 0.1},
         {"kv_heads": 1, "qk_norm": True, "output_gate": True},
         {"tied": False, "soft_cap": 5.0},
         {"positions": "alibi"},

@@ -150,3 +150,19 @@ def test_a_short_convolution_is_causal_only():
     mixer = make("softmax", {}, {"heads": 2, "head_width": 6, "short_conv": 4, "bidirectional_mode": True})
     with pytest.raises(ValueError, match="short convolution needs causal"):
         mixer.init(jax.random.key(0), jnp.zeros((1, 4, 12)), whole(1, 4))
+
+
+@pytest.mark.parametrize("name", ["softmax", "linear", "gla", "gated_delta", "aft"])
+def test_biases_reach_neither_padding_nor_other_segments(name):
+    """At padding keys and values are a bias, and not zero; the reference and NaN there tell nothing of it."""
+    shared = {"heads": 2, "head_width": 6, "positions": "rope", "length": TIME, "bias": True}
+    x, seq = jax.random.normal(jax.random.key(0), (BATCH, TIME, 12)), packed()
+    mixer = make(name, VARIANTS[name].small, shared)
+    params = mixer.init(jax.random.key(1), x, seq)
+    assert params["params"]["out"]["bias"].value.shape == (12,)
+    params = jax.tree.map(lambda a: a + 0.5, params)
+    want = make(name, VARIANTS[name].small, shared | {"implementation": "reference"}).apply(params, x, seq)[0]
+    padding = (seq.segment_BT == 0)[..., None]
+    got = mixer.apply(params, jnp.where(padding, jnp.nan, x), seq)[0]
+    np.testing.assert_allclose(got, want, atol=5e-5)
+    assert padding.any() and not np.any(np.where(padding, got, 0.0)) and np.abs(got).max() > 0
