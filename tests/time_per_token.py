@@ -22,7 +22,7 @@ from fastformer.attention.mixer import ORDERS
 from fastformer.core.seq import whole
 from fastformer.report import tables
 
-LENGTHS, WIDTH, HEADS, REPEATS, ALLOWED = (4096, 8192), 64, 2, 5, 1.2
+LENGTHS, WIDTH, HEADS, REPEATS, ALLOWED = (4096, 8192), 64, 2, 15, 1.2
 
 
 def call_of(name: str, length: int):
