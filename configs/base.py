@@ -59,7 +59,7 @@ def get_config() -> ConfigDict:
     c.model.attention.name = "softmax"  # a row of fastformer.attention.VARIANTS; its own fields go beside it
 
     c.train = ConfigDict()
-    c.train.steps = 1000  # optimiser steps of the whole run
+    c.train.steps = 1000  # optimiser steps of the whole run; 0 only compresses what train.init holds
     c.train.batch = 32  # B: rows a step, over all devices
     c.train.accumulate = 1  # parts of the batch that go through the model one after another
     c.train.precision = ()  # (("fp8", 3), ("bfloat16", 1)): policies and their shares; () is model.dtype

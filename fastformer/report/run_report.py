@@ -88,10 +88,12 @@ def _headline(config: Any, result: Mapping[str, Any], train: plots.Curve) -> str
         return f"**Not finished**: {reached}. The command that started it goes on from its last checkpoint."
     model, rows = config.model, config.train.batch
     mixers = ", ".join(config.model.pattern or (config.model.attention.name,))
+    trained = f"trained for {steps:,} steps of {rows} rows of {config.data.length} tokens"
+    if not steps:
+        trained = f"with the weights of `{config.train.init}`, not trained further"
     return (
         f"A {model.name} of {tables.count(result.get('parameters'))} weights ({model.layers} layers of width "
-        f"{model.width}, attention {mixers}) on `{config.data.source}`, trained for "
-        f"{result.get('step', steps):,} steps of {rows} rows of {config.data.length} tokens."
+        f"{model.width}, attention {mixers}) on `{config.data.source}`, {trained}."
     )
 
 

@@ -58,7 +58,7 @@ def train(config: ConfigDict, workdir: Path | str, devices: list[jax.Device] | N
             if result.is_finished(config, workdir):
                 result.say_finished(workdir)
                 return
-            if deployed.is_imported(workdir):
+            if config.train.steps and deployed.is_imported(workdir):
                 raise UserError(
                     f"--workdir: {workdir} holds an imported model; train elsewhere with "
                     f"config.train.init={workdir}"

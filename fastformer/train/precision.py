@@ -52,7 +52,7 @@ class Plan:
 
     def __init__(self, config: ConfigDict):
         """Raises FieldError as ``phases``."""
-        self._phases, self._steps = phases(config), config.train.steps
+        self._phases, self._steps = phases(config), max(config.train.steps, 1)
         self._cycles = config.train.precision_cycles
         self._ends = list(itertools.accumulate(share for _, share in self._phases))
         self.names = tuple(dict.fromkeys(name for name, _ in self._phases))

@@ -36,9 +36,9 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "nump
 
 
 def is_finished(config: ConfigDict, workdir: Path) -> bool:
-    """Return whether the run has its result and its last checkpoint."""
+    """Return whether the run has its result and its last checkpoint; one that never trains has none."""
     return (
-        (workdir / FOLDER / str(config.train.steps)).is_dir()
+        (not config.train.steps or (workdir / FOLDER / str(config.train.steps)).is_dir())
         and (workdir / WEIGHTS).exists()
         and _read(workdir).get("step") == config.train.steps
     )
@@ -95,7 +95,7 @@ def write_result(
         "samples": samples,
         "parameters": count(state.params),
         "bytes_on_disk": len(stored),
-        "train_tokens_per_second": step * tokens / max(times["stepping"], 1e-9),
+        "train_tokens_per_second": step * tokens / max(times["stepping"], 1e-9) if step else None,
         "decode_tokens_per_second": decode_tokens_per_second(run.model, weights) if decodes else None,
         "state_bytes": state_bytes(run.model, config.data.length) if decodes else None,
         "flops_per_token": flops(step_fn.traced, abstract, abstract_batch(run)) // tokens,

@@ -33,7 +33,7 @@ class TrainConfig:
     """How long and on how much at once.
 
     Attributes:
-      steps: optimiser steps of the whole run.
+      steps: optimiser steps of the whole run; 0 only with ``init``.
       batch: B, rows a step over all devices.
       accumulate: parts of the batch that go through the model one after another.
       precision, precision_cycles: which steps are made in which policy (train.precision).
@@ -55,8 +55,10 @@ class TrainConfig:
     init_layers: str
 
     def __post_init__(self) -> None:
-        for field in ("steps", "batch", "accumulate", "bad_steps"):
+        for field in ("batch", "accumulate", "bad_steps"):
             require(getattr(self, field) >= 1, field, getattr(self, field), "1 or more")
+        least = "0 (what config.train.init holds is compressed as it is)" if self.init else "1"
+        require(self.steps >= int(least[0]), "steps", self.steps, f"{least} or more")
         # A batch of a million rows is a slip of the hand, which would end as a lack of memory.
         require(self.batch <= 2**20, "batch", self.batch, f"at most {2**20:,}")
         lookup(dict.fromkeys(("even", "change")), self.init_layers, "init_layers")
