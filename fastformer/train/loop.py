@@ -73,6 +73,7 @@ def train(config: ConfigDict, workdir: Path | str, devices: list[jax.Device] | N
 
 def _train(run: Run, tx: Any, schedule: Any, stop: Stop) -> None:
     abstract, plan = abstract_state(run, tx), Plan(run.config)
+    trains = run.config.train.steps > 0
     checkpoints = Checkpoints(run.workdir, run.config.checkpoint.keep)
     with contextlib.closing(checkpoints):
         restored = checkpoints.restore_latest(abstract)
@@ -88,7 +89,7 @@ def _train(run: Run, tx: Any, schedule: Any, stop: Stop) -> None:
                 run=run,
                 stop=stop,
                 plan=plan,
-                programs=compile_all(run, tx, schedule, abstract, plan, deployed.frozen(run)),
+                programs=compile_all(run, tx, schedule, abstract, plan, deployed.frozen(run)) if trains else {},
                 checkpoints=checkpoints,
                 log=log,
                 line=line,
@@ -244,5 +245,6 @@ def _finish(s: Session) -> None:
             _write_heldout(s, found)
         quality = found.quality | decoded(s.run, weights)
     times = vars(s.times)
-    written = result.write_result(s.run, s.state, weights, s.program, quality, times, s.rollbacks)
+    program = s.program if s.programs else None
+    written = result.write_result(s.run, s.state, weights, program, quality, times, s.rollbacks)
     s.line.say(f"trained and evaluated in {clock(s.times.run)}; {written}")

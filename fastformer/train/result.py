@@ -66,7 +66,7 @@ def write_result(
     run: Run,
     state: TrainState,
     weights: Any,
-    step_fn: CompiledStep,
+    step_fn: CompiledStep | None,
     quality: Mapping[str, float],
     times: Mapping[str, float],
     rollbacks: Sequence[Mapping[str, int]] = (),
@@ -75,6 +75,7 @@ def write_result(
 
     Args:
       weights: of ``state``, as deployed.
+      step_fn: that made ``state``; none where nothing was trained.
       quality: of the last weights on the whole held-out split.
       times: seconds of the ``run``, and of its ``stepping`` alone.
       rollbacks: from which step the run went back to which.
@@ -98,8 +99,8 @@ def write_result(
         "train_tokens_per_second": step * tokens / max(times["stepping"], 1e-9) if step else None,
         "decode_tokens_per_second": decode_tokens_per_second(run.model, weights) if decodes else None,
         "state_bytes": state_bytes(run.model, config.data.length) if decodes else None,
-        "flops_per_token": flops(step_fn.traced, abstract, abstract_batch(run)) // tokens,
-        "peak_memory_bytes": peak_memory_bytes(run.mesh, step_fn),
+        "flops_per_token": step_fn and flops(step_fn.traced, abstract, abstract_batch(run)) // tokens,
+        "peak_memory_bytes": step_fn and peak_memory_bytes(run.mesh, step_fn),
         "wall_seconds": times["run"],
         "skipped_steps": int(state.guard.skipped),
         "rollbacks": list(rollbacks),
