@@ -35,7 +35,7 @@ SPARSE = {
 }
 ARMS = {"float": "float32 (baseline)", **ROUNDED, **SPARSE}
 SEEDS = (0,)  # which training rows are looked at; nothing else is random
-QUALITY = ("quality.perplexity", "quality.bits_per_byte", "bytes_on_disk")
+QUALITY = ("quality.perplexity", "quality.bits_per_byte")
 MODEL = "runs/smollm2"
 
 

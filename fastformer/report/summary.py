@@ -16,6 +16,7 @@ README, PICTURE = "README.md", "results.png"
 # Metric -> (heading, how its mean over seeds is written; None is mean and deviation).
 COLUMNS = {
     "parameters": ("parameters", tables.number),
+    "bytes_on_disk": ("on disk", tables.nbytes),
     "state_bytes": ("state", tables.nbytes),
     "flops_per_token": ("training FLOPs a token", tables.count),
     "train_tokens_per_second": ("training, tokens/s", None),
@@ -78,7 +79,9 @@ def write(experiment: Experiment, all_rows: Iterable[Mapping[str, Any]], where: 
     rows = current(all_rows, experiment)
     if rows:
         metrics = (*experiment.quality, *SPEEDS)
-        panels = [plots.Panel(*_heading(metric), samples(experiment, rows, metric)) for metric in metrics]
+        found = {metric: samples(experiment, rows, metric) for metric in metrics}
+        # A run that does not train has no speed of it.
+        panels = [plots.Panel(*_heading(name), arms) for name, arms in found.items() if any(arms.values())]
         plots.arms(where / PICTURE, list(experiment.arms), panels)
 
 
