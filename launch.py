@@ -140,7 +140,7 @@ def main() -> int:
     try:
         return run(sys.argv[1:])
     except UserError as error:
-        print(f"launch.py: {error}", file=sys.stderr)
+        print(f"launch.py: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; the same command starts again", file=sys.stderr)

@@ -46,7 +46,7 @@ class Quantise(Method):
         for field in ("group", "start"):
             require(getattr(self, field) >= 0, field, getattr(self, field), "0 or more")
         for index, rule in enumerate(self.rules):
-            field, (_, found, form) = f"rules[{index}]", rule.rpartition("=")
+            field, (_, found, form) = f"rules[{index}]", str(rule).rpartition("=")
             require(bool(found), field, rule, "REGEX=FORMAT, as in '.*/mlp/.*=int4'")
             lookup(FORMATS, form, field)
 

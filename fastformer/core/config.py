@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import inspect
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -16,9 +17,11 @@ from typing import Any, TypeVar
 
 from ml_collections import ConfigDict, config_dict
 
-from fastformer.core.errors import FieldError, UserError, nearest
+from fastformer.core.errors import FieldError, UserError, nearest, require
 
 Section = TypeVar("Section")
+
+LARGEST = 2**63
 
 CONFIG = "config.json"  # the file in a workdir that holds the configuration of its run
 
@@ -94,6 +97,7 @@ def load(path_and_arg: str, overrides: Iterable[tuple[str, str]] = ()) -> Config
     check_sections(config)
     for key, text in overrides:
         set_key(config, key, text)
+    check_sections(config)
     return config
 
 
@@ -115,6 +119,9 @@ def check_sections(config: ConfigDict) -> None:
         if not isinstance(config[key], kind):
             wanted = "a section" if kind is ConfigDict else f"of type {kind.__name__}"
             raise UserError(f"config.{key}: {config[key]!r} is not {wanted}")
+    # The default workdir is made of it.
+    good = re.fullmatch(r"\w[\w. +-]{0,99}", config.name)
+    require(bool(good), "config.name", config.name, "at most 100 letters, digits, and within . + - and spaces")
 
 
 def set_key(config: ConfigDict, key: str, text: Any) -> None:
@@ -126,7 +133,9 @@ def set_key(config: ConfigDict, key: str, text: Any) -> None:
     *parents, leaf = key.split(".")
     node, walked = config, "config"
     for name in parents:
-        if name not in node or not isinstance(node[name], ConfigDict):
+        if name in node and not isinstance(node[name], ConfigDict):
+            raise UserError(f"{walked}.{name}: is a key, {node[name]!r}, and has none below it")
+        if name not in node:
             sections = [k for k in node if isinstance(node[k], ConfigDict)]
             raise UserError(f"{walked}.{name}: no such section{nearest(name, sections)}")
         node, walked = node[name], f"{walked}.{name}"
@@ -161,6 +170,8 @@ def _typed(text: Any, old: Any, path: str) -> Any:
         return str(text)
     value = _literal(text)
     if isinstance(old, (tuple, list)):
+        if isinstance(value, (int, float)):  # one of them needs no comma
+            value = (value,)
         if isinstance(value, str):
             value = tuple(part.strip() for part in value.strip("()[]").split(",") if part.strip())
         good = isinstance(value, (tuple, list))
@@ -193,6 +204,7 @@ def section(cls: type[Section], config: ConfigDict, path: str) -> Section:
             raise UserError(
                 f"config.{path}.{key}: no such key{nearest(key, fields)} (keys: {', '.join(fields)})"
             )
+        _check_numbers(values[key], f"config.{path}.{key}")
     for name, field in fields.items():
         if name not in values and field.default is field.default_factory is dataclasses.MISSING:
             raise UserError(f"config.{path}.{name}: is missing; configs/base.py shows its default")
@@ -200,6 +212,18 @@ def section(cls: type[Section], config: ConfigDict, path: str) -> Section:
         return cls(**{k: _plain(v) for k, v in values.items()})
     except FieldError as error:
         raise UserError(f"config.{path}.{error.field}: {error.message}") from error
+
+
+def _check_numbers(value: Any, field: str) -> None:
+    """Refuse what no quantity is: nan, infinities, and what would not fit the integers of an array."""
+    if isinstance(value, ConfigDict):
+        for key in value:
+            _check_numbers(value[key], f"{field}.{key}")
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            _check_numbers(part, field)
+    elif isinstance(value, (int, float)):
+        require(abs(value) < LARGEST, field, value, "a finite number, below 2^63")
 
 
 def _plain(value: Any) -> Any:

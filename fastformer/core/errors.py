@@ -33,7 +33,7 @@ def lookup(table: dict[str, Value], name: str, field: str) -> Value:
     Raises:
       FieldError: ``name`` is not in the table; the line lists what is and the nearest name.
     """
-    if name not in table:
+    if name not in [*table]:  # a list, for what a name is mistaken for may have no hash
         allowed = ", ".join(table)
         raise FieldError(field, f"{name!r} is unknown{nearest(str(name), table)} (allowed: {allowed})")
     return table[name]

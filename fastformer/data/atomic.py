@@ -37,8 +37,9 @@ def make_directory(path: Path, field: str) -> Path:
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{field}: cannot make {path}: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # the latter of a NUL
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{field}: cannot make {str(path)!r}: {reason}") from error
     if not os.access(path, os.W_OK):
         raise UserError(f"{field}: {path} cannot be written; set {field} or $FASTFORMER_DATA")
     return path

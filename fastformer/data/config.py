@@ -37,7 +37,7 @@ class DataConfig:
             lookup({**TOKENISERS, f"{OF_RUN}DIR": None}, self.tokeniser, "tokeniser")
         good = 257 <= self.vocabulary <= 2**24
         require(good, "vocabulary", self.vocabulary, "from 257 (256 bytes and end of document) to 2^24")
-        require(self.length >= 1, "length", self.length, "a number of tokens, at least 1")
+        require(1 <= self.length <= 2**30, "length", self.length, "a number of tokens, from 1 to 2^30")
 
     def root(self) -> Path:
         """Return the directory that holds what is prepared."""

@@ -80,7 +80,8 @@ class ModelConfig:
             lookup(dict.fromkeys(kinds), getattr(self, field), field)
         lookup({"auto": 0, "reference": 0, **IMPLEMENTATIONS}, self.implementation, "implementation")
         require(0 <= self.dropout < 1, "dropout", self.dropout, "a rate from 0 to below 1")
-        require(self.short_conv >= -1, "short_conv", self.short_conv, "tokens, 0 (none) or -1 (as published)")
+        good = -1 <= self.short_conv <= 2**10
+        require(good, "short_conv", self.short_conv, "at most 1,024 tokens, 0 (none) or -1 (as published)")
         require(self.rope_base > 1, "rope_base", self.rope_base, "above 1")
         if not self.head_width and self.width % self.heads:
             raise FieldError("heads", f"{self.heads} does not divide config.model.width {self.width}")

@@ -94,9 +94,10 @@ def run_benchmark(config: ConfigDict, workdir: Path) -> list[dict[str, Any]]:
     """
     options = section(BenchmarkConfig, config, "benchmark")
     model = section(ModelConfig, config, "model")
-    variants = tuple(dict.fromkeys((BASELINE, *(options.variants or VARIANTS))))
+    variants, unable = _variants(options, model)
     layers = {length: {name: _mixer(model, name, length) for name in variants} for length in options.lengths}
     peer, reason = torch_peer.available()
+    unable |= {torch_peer.NAME: reason} if reason else {}
     rows: list[dict[str, Any]] = []
     workdir.mkdir(parents=True, exist_ok=True)
     for length in options.lengths:
@@ -110,10 +111,26 @@ def run_benchmark(config: ConfigDict, workdir: Path) -> list[dict[str, Any]]:
             forward, both = torch_peer.layer(peer, shape, _heads(model), model.dtype)
             contestants[torch_peer.NAME] = Contestant(forward, both)
         rows += _measure(contestants, options, length)
-        _write(rows, reason, config, workdir)
+        _write(rows, unable, config, workdir)
         print(f"benchmark: length {length:,} timed; it and those before are in {workdir}", flush=True)
     print((workdir / TABLE).read_text())
     return rows
+
+
+def _variants(options: BenchmarkConfig, model: ModelConfig) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Return the variants to time, and why others are not: of all, those that config.model can have.
+
+    Raises:
+      UserError: a variant that was named cannot do what config.model asks.
+    """
+    unable: dict[str, str] = {}
+    for name in VARIANTS if not options.variants else ():
+        try:
+            _mixer(model, name, options.lengths[0])
+        except UserError as error:
+            unable[name] = str(error.__cause__).partition(";")[0]
+    named = options.variants or [name for name in VARIANTS if name not in unable]
+    return tuple(dict.fromkeys((BASELINE, *named))), unable
 
 
 def _heads(model: ModelConfig) -> tuple[int, int, int]:
@@ -199,9 +216,9 @@ def _time(call: Callable[[], Any], turns: int) -> float:
     return (time.perf_counter() - start) / turns
 
 
-def _write(rows: list[dict[str, Any]], torch_reason: str, config: ConfigDict, workdir: Path) -> None:
+def _write(rows: list[dict[str, Any]], unable: dict[str, str], config: ConfigDict, workdir: Path) -> None:
     (workdir / "benchmark.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    text = _table(rows, torch_reason)
+    text = _table(rows, unable)
     device, model, options = jax.devices()[0], config.model, config.benchmark
     about = (
         f"Attention layers of {model.heads} heads at width {model.width}, {model.dtype}, "
@@ -236,7 +253,7 @@ def _cell(value: float | None, show: Callable[[float], str]) -> str:
     return "" if value is None else show(value)
 
 
-def _table(rows: list[dict[str, Any]], torch_reason: str) -> str:
+def _table(rows: list[dict[str, Any]], unable: dict[str, str]) -> str:
     headers = (
         "variant",
         "length",
@@ -266,6 +283,6 @@ def _table(rows: list[dict[str, Any]], torch_reason: str) -> str:
         )
         for row in rows
     ]
-    if torch_reason:
-        lines.append((torch_peer.NAME, f"not run: {torch_reason}", *("",) * (len(headers) - 2)))
+    for name, reason in unable.items():
+        lines.append((name, f"not run: {reason}", *("",) * (len(headers) - 2)))
     return tables.table(headers, lines)

@@ -29,6 +29,7 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         for field in ("every", "rows", "overlap", "batch"):
             require(getattr(self, field) >= 0, field, getattr(self, field), "0 or more")
+        require(self.batch <= 2**20, "batch", self.batch, f"at most {2**20:,}")
 
 
 class Evaluation(NamedTuple):

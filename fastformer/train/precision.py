@@ -26,10 +26,10 @@ def phases(config: ConfigDict) -> tuple[tuple[str, float], ...]:
     Raises:
       FieldError: an unknown policy, or a share that is not above 0.
     """
-    found = tuple(tuple(phase) for phase in config.train.precision) or ((config.model.dtype, 1.0),)
+    found = tuple(config.train.precision) or ((config.model.dtype, 1.0),)
     for index, phase in enumerate(found):
         field = f"config.train.precision[{index}]"
-        if len(phase) != 2:
+        if not isinstance(phase, (tuple, list)) or len(phase) != 2:
             raise FieldError(field, f"{phase!r} is not (policy, share)")
         lookup(POLICIES, phase[0], field)
         good = isinstance(phase[1], (int, float)) and phase[1] > 0

@@ -57,10 +57,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for field in ("batch", "accumulate", "bad_steps"):
             require(getattr(self, field) >= 1, field, getattr(self, field), "1 or more")
+        for field in ("batch", "accumulate", "bad_steps"):
+            require(getattr(self, field) >= 1, field, getattr(self, field), "1 or more")
         least = "0 (what config.train.init holds is compressed as it is)" if self.init else "1"
         require(self.steps >= int(least[0]), "steps", self.steps, f"{least} or more")
-        # A batch of a million rows is a slip of the hand, which would end as a lack of memory.
-        require(self.batch <= 2**20, "batch", self.batch, f"at most {2**20:,}")
+        # More is a slip of the hand, which would end as a lack of memory, or beyond the optimiser's count.
+        for field, most in (("batch", 2**20), ("steps", 2**31 - 1)):
+            require(getattr(self, field) <= most, field, getattr(self, field), f"at most {most:,}")
         lookup(dict.fromkeys(("even", "change")), self.init_layers, "init_layers")
         for field in ("spike", "rollbacks"):
             require(getattr(self, field) >= 0, field, getattr(self, field), "0 or more")
