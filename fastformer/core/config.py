@@ -121,7 +121,7 @@ def check_sections(config: ConfigDict) -> None:
             raise UserError(f"config.{key}: {config[key]!r} is not {wanted}")
     # The default workdir is made of it.
     good = re.fullmatch(r"\w[\w. +-]{0,99}", config.name)
-    require(bool(good), "config.name", config.name, "at most 100 letters, digits, and within . + - and spaces")
+    require(bool(good), "config.name", config.name, "at most 100 letters, digits, and inside . + - and space")
 
 
 def set_key(config: ConfigDict, key: str, text: Any) -> None:

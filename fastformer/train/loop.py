@@ -73,7 +73,6 @@ def train(config: ConfigDict, workdir: Path | str, devices: list[jax.Device] | N
 
 def _train(run: Run, tx: Any, schedule: Any, stop: Stop) -> None:
     abstract, plan = abstract_state(run, tx), Plan(run.config)
-    trains = run.config.train.steps > 0
     checkpoints = Checkpoints(run.workdir, run.config.checkpoint.keep)
     with contextlib.closing(checkpoints):
         restored = checkpoints.restore_latest(abstract)
@@ -87,11 +86,14 @@ def _train(run: Run, tx: Any, schedule: Any, stop: Stop) -> None:
             line.say(f"{run.data.description}; on {result.device(run.mesh)}")
             # Before the minutes of compiling: another run's weights may not be there, or not fit.
             state = restored.state if restored else _first(run, tx, abstract, line)
+            programs = {}
+            if run.config.train.steps:
+                programs = compile_all(run, tx, schedule, abstract, plan, deployed.frozen(run))
             session = Session(
                 run=run,
                 stop=stop,
                 plan=plan,
-                programs=compile_all(run, tx, schedule, abstract, plan, deployed.frozen(run)) if trains else {},
+                programs=programs,
                 checkpoints=checkpoints,
                 log=log,
                 line=line,

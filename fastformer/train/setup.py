@@ -57,8 +57,6 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for field in ("batch", "accumulate", "bad_steps"):
             require(getattr(self, field) >= 1, field, getattr(self, field), "1 or more")
-        for field in ("batch", "accumulate", "bad_steps"):
-            require(getattr(self, field) >= 1, field, getattr(self, field), "1 or more")
         least = "0 (what config.train.init holds is compressed as it is)" if self.init else "1"
         require(self.steps >= int(least[0]), "steps", self.steps, f"{least} or more")
         # More is a slip of the hand, which would end as a lack of memory, or beyond the optimiser's count.
