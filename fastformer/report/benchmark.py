@@ -27,6 +27,7 @@ from fastformer.report import plots, tables, torch_peer
 from fastformer.report.cost import flops
 
 BASELINE = "softmax"  # what every ratio is against
+DIRECTIONS = ("causal", "bidirectional")  # by whether a token sees those after it
 TABLE = "benchmark.md"
 MIN_SECONDS = 0.02  # a timed turn repeats a shorter call until it lasts about this long
 
@@ -62,6 +63,7 @@ class Contestant(NamedTuple):
     """One layer at one length, compiled: what is timed, and what it needs.
 
     Attributes:
+      direction: "causal" or "bidirectional".
       forward, both: run the forward pass, or it and the backward pass, to their end.
       forward_bytes, both_bytes: arguments, results and temporaries of the compiled program; None when
         not known.
@@ -70,6 +72,7 @@ class Contestant(NamedTuple):
       compile_seconds: of both programs.
     """
 
+    direction: str
     forward: Callable[[], Any]
     both: Callable[[], Any]
     forward_bytes: int | None = None
@@ -83,7 +86,8 @@ class Contestant(NamedTuple):
 def run_benchmark(config: ConfigDict, workdir: Path) -> list[dict[str, Any]]:
     """Time the attention layers, print the table, and write it with a picture into the workdir.
 
-    A layer is its projections and what lies between, at the sizes of config.model, on one device.
+    A layer is its projections and what lies between, at the sizes of config.model, on one device. A variant
+    that cannot see in the direction of config.model sees in the other, and the table says so.
     Contestants take turns, so that a noisy machine is noisy for all; medians are shown.
 
     Returns:
@@ -108,7 +112,7 @@ def run_benchmark(config: ConfigDict, workdir: Path) -> list[dict[str, Any]]:
             print(f"benchmark: {line}", flush=True)
         if peer is not None:
             forward, both = torch_peer.layer(peer, shape, _heads(model), model.dtype)
-            contestants[torch_peer.NAME] = Contestant(forward, both)
+            contestants[torch_peer.NAME] = Contestant(DIRECTIONS[False], forward, both)
         rows += _measure(contestants, options, length)
         _write(rows, reason, config, workdir)
         print(f"benchmark: length {length:,} timed; it and those before are in {workdir}", flush=True)
@@ -123,8 +127,12 @@ def _heads(model: ModelConfig) -> tuple[int, int, int]:
 
 def _mixer(model: ModelConfig, name: str, length: int) -> nn.Module:
     own = {key: value for key, value in model.attention.items() if key in own_fields(name)}
+    able = getattr(lookup(VARIANTS, name, "variants"), DIRECTIONS[model.bidirectional])
+    both_ways = model.bidirectional if able else not model.bidirectional
     try:
-        alone = dataclasses.replace(model, pattern=(), attention={"name": name, **own})
+        alone = dataclasses.replace(
+            model, pattern=(), bidirectional=both_ways, attention={"name": name, **own}
+        )
     except UserError as error:
         raise UserError(f"config.benchmark.variants: {name} cannot be: {error}") from error
     return alone.mixer(0, length, detached=True)
@@ -149,7 +157,8 @@ def _contestant(mixer: nn.Module, shape: tuple[int, int, int], dtype: jnp.dtype)
     state = jax.eval_shape(lambda: mixer.init_state(1, length)) if mixer.streaming else None
     card = {"parameters": count(params), "flops_per_token": flops(both, params, x_BTD) / (batch * length)}
     held = nbytes(state) if mixer.streaming else None
-    return Contestant(*calls, *map(_peak_bytes, programs), held, compile_seconds=seconds, **card)
+    direction = DIRECTIONS[mixer.bidirectional_mode]
+    return Contestant(direction, *calls, *map(_peak_bytes, programs), held, compile_seconds=seconds, **card)
 
 
 def _peak_bytes(program: Any) -> int | None:
@@ -168,7 +177,7 @@ def _measure(
     both = _times({name: c.both for name, c in contestants.items()}, options.repeats)
     rows = []
     for name, contestant in contestants.items():
-        row = {"variant": name, "length": length, "batch": options.batch}
+        row = {"variant": name, "direction": contestant.direction, "length": length, "batch": options.batch}
         row |= {"forward_seconds": forward[name], "forward_backward_seconds": both[name]}
         if BASELINE in contestants:
             row |= {"forward_ratio": forward[name] / forward[BASELINE]}
@@ -239,6 +248,7 @@ def _cell(value: float | None, show: Callable[[float], str]) -> str:
 def _table(rows: list[dict[str, Any]], torch_reason: str) -> str:
     headers = (
         "variant",
+        "sees",
         "length",
         "forward ms",
         "ratio",
@@ -253,6 +263,7 @@ def _table(rows: list[dict[str, Any]], torch_reason: str) -> str:
     lines = [
         (
             row["variant"],
+            row["direction"],
             f"{row['length']:,}",
             tables.number(1e3 * row["forward_seconds"], 3),
             tables.number(row.get("forward_ratio"), 3),
@@ -267,5 +278,6 @@ def _table(rows: list[dict[str, Any]], torch_reason: str) -> str:
         for row in rows
     ]
     if torch_reason:
-        lines.append((torch_peer.NAME, f"not run: {torch_reason}", *("",) * (len(headers) - 2)))
+        absent = (torch_peer.NAME, DIRECTIONS[False], f"not run: {torch_reason}")
+        lines.append((*absent, *("",) * (len(headers) - len(absent))))
     return tables.table(headers, lines)
