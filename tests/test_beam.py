@@ -173,7 +173,6 @@ def test_a_target_sees_its_own_source_alone():
         ({"encoder_layers": 0}, "config.model.encoder_layers: 0 is not allowed"),
         ({"name": "decoder"}, "config.model.encoder_layers: a decoder has none"),
         ({"attention": {"name": "delta"}}, "delta is not bidirectional; variants that are bidirectional"),
-        ({"short_conv": 3}, "softmax has a short convolution, which is causal; set short_conv 0"),
         ({"encoder_pattern": ("softmaxx",)}, "config.model.encoder_pattern[0]: 'softmaxx' is unknown"),
     ],
     ids=str,

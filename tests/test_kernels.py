@@ -92,6 +92,21 @@ def test_performer_is_its_random_features(scale):
     near(got, averaged(similar, q, k, v), 1e-4 if scale > 1 else 1e-5)
 
 
+@pytest.mark.parametrize("width", [128, 256, 512])
+def test_performer_has_wide_heads(width):
+    """Where exp(-|w|² / 2), the bound of a key's features turned over, is below float32's smallest number."""
+    q, k, v = parts(time=12, width=width)
+    vectors = performer.projections(2, width, 48, (0, 0))
+    got, _ = performer.forward(q, k, v, seq=whole(1, 12), projection_GRK=vectors)
+    w_GRK = vectors.astype(np.float64)
+
+    def similar(q, k, t, s, heads):
+        q, k, w = q * width**-0.25, k * width**-0.25, w_GRK[heads[1]]
+        return np.exp(w @ q - q @ q / 2) @ np.exp(w @ k - k @ k / 2)
+
+    near(got, averaged(similar, q, k, v), 2e-5)
+
+
 def test_performer_tends_to_softmax():
     q, k, v = parts(scale=0.4)
     errors = []

@@ -86,7 +86,7 @@ def kimi():
 
 
 def olmo(negative, decays):
-    """Return a gated delta layer of OLMo Hybrid, and how to read it into our mixer."""
+    """Return a gated delta layer of OLMo Hybrid, with wide values, and how to read it into our mixer."""
     from transformers.models.olmo_hybrid.modeling_olmo_hybrid import (
         OlmoHybridConfig,
         OlmoHybridGatedDeltaNet,
@@ -95,17 +95,17 @@ def olmo(negative, decays):
     config = OlmoHybridConfig(
         hidden_size=WIDTH, num_hidden_layers=2, layer_types=["linear_attention", "full_attention"],
         linear_num_key_heads=HEADS, linear_num_value_heads=HEADS, linear_key_head_dim=KEY,
-        linear_value_head_dim=KEY, linear_allow_neg_eigval=negative,
+        linear_value_head_dim=2 * KEY, linear_allow_neg_eigval=negative,
     )  # fmt: skip
     layer = scattered(OlmoHybridGatedDeltaNet(config, 0))
     layer.o_norm.variance_epsilon = 1e-6
     layer.A_log.data = RATES.clone() if decays else torch.full((HEADS,), -math.inf)  # exp(-inf) of a step
 
     def carry(read):
-        wide = (HEADS, KEY)
+        keys, wide = (HEADS, KEY), (HEADS, 2 * KEY)
         params = {
-            "query": {"weight": turned(read(layer.q_proj.weight), *wide)},
-            "key": {"weight": turned(read(layer.k_proj.weight), *wide)},
+            "query": {"weight": turned(read(layer.q_proj.weight), *keys)},
+            "key": {"weight": turned(read(layer.k_proj.weight), *keys)},
             "value": {"weight": turned(read(layer.v_proj.weight), *wide)},
             "conv": {"taps": taps(read(layer.conv1d.weight))},
             "strength": {"weight": turned(read(layer.b_proj.weight), HEADS)},
@@ -128,14 +128,15 @@ def olmo(negative, decays):
 
 def test_gated_delta_is_that_of_qwen3_next():
     layer, _, carry = qwen()
-    agree(mixer_of("gated_delta", {}), carry, layer)
+    agree(mixer_of("gated_delta", {"value_expand": 1.0}), carry, layer)
 
 
 @pytest.mark.parametrize("name, negative", [("delta", False), ("delta", True), ("gated_delta", True)])
 def test_delta_rules_are_those_of_olmo_hybrid(name, negative):
     """Its gated layer, and with decays of one the plain delta rule, for both ranges of eigenvalues."""
     layer, carry = olmo(negative, decays=name == "gated_delta")
-    agree(mixer_of(name, {"negative": negative}), carry, layer)
+    options = {"negative": negative, "norm_gate": True, "value_expand": 2.0}
+    agree(mixer_of(name, options), carry, layer)
 
 
 def test_kimi_delta_is_that_of_kimi_linear():
@@ -147,7 +148,7 @@ def test_kimi_delta_is_that_of_kimi_linear():
 def test_streams_are_those_of_their_caches(name, build):
     """A prefill, then token by token: outputs, and what is kept of the past."""
     layer, config, carry = build()
-    mixer, params, x, start = mixer_of(name, {}), carry(array), inputs(), TIME - 6
+    mixer, params, x, start = mixer_of(name, {"value_expand": 1.0}), carry(array), inputs(), TIME - 6
     cache, state = transformers.DynamicCache(config=config), mixer.init_state(len(x), TIME)
     step = jax.jit(lambda x, position, state: mixer.apply({"params": params}, x, _at(x, position), state))
     edges = [0, start, *range(start + 1, TIME + 1)]

@@ -30,13 +30,14 @@ torch = pytest.importorskip("torch", reason=WHY)
 transformers = pytest.importorskip("transformers", reason=WHY)
 
 
-@pytest.mark.parametrize("groups", [1, 2])
-def test_mamba2_is_that_of_transformers(groups):
+@pytest.mark.parametrize("groups, state, values", [(1, 16, 8), (2, 8, 16)])
+def test_mamba2_is_that_of_transformers(groups, state, values):
+    """Values half as wide as the state, as in the published models, and twice."""
     from transformers.models.mamba2.modeling_mamba2 import Mamba2Config, Mamba2Mixer
 
-    state, values = 8, 16
     config = Mamba2Config(
-        num_heads=HEADS, head_dim=values, hidden_size=WIDTH, state_size=state, expand=2, n_groups=groups,
+        num_heads=HEADS, head_dim=values, hidden_size=WIDTH, state_size=state, n_groups=groups,
+        expand=HEADS * values // WIDTH,
         chunk_size=16, num_hidden_layers=1, layer_norm_epsilon=1e-6,
     )  # fmt: skip
     layer = scattered(Mamba2Mixer(config, 0))
@@ -70,7 +71,8 @@ def test_mamba2_is_that_of_transformers(groups):
             "out": {"weight": turned(read(layer.out_proj.weight), WIDTH).reshape(HEADS, values, WIDTH)},
         }
 
-    agree(mixer_of("mamba2", {"value_expand": 2}, kv_heads=groups, head_width=state), carry, layer)
+    options = {"value_expand": values / state}
+    agree(mixer_of("mamba2", options, kv_heads=groups, head_width=state), carry, layer)
 
 
 def test_mlstm_is_that_of_transformers():

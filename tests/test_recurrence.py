@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fastformer.attention import VARIANTS, decay, delta, make, rwkv
+from fastformer.attention import VARIANTS, Context, decay, delta, make, rwkv
 from fastformer.attention.mixer import Mixer
 from fastformer.attention.recurrence import Tokens, loop, recur
 from fastformer.core.seq import Seq, whole
@@ -110,7 +110,7 @@ def test_delta_product_of_one_step_is_delta():
     """And of two it is not: each step writes."""
     x, seq = jax.random.normal(jax.random.key(0), (1, 20, 12)), whole(1, 20)
     shared = {"heads": 2, "head_width": 6}
-    one = make("delta", {"negative": True}, shared)
+    one = make("delta", {"negative": True, "norm_gate": True}, shared)
     params = one.init(jax.random.key(1), x, seq)
     want = one.apply(params, x, seq)[0]
     got = make("delta_product", {"steps": 1}, shared).apply(params, x, seq)[0]
@@ -146,10 +146,11 @@ def test_a_short_convolution_streams(name):
     np.testing.assert_allclose(jnp.concatenate(parts, axis=1), want, atol=3e-5)
 
 
-def test_a_short_convolution_is_causal_only():
-    mixer = make("softmax", {}, {"heads": 2, "head_width": 6, "short_conv": 4, "bidirectional_mode": True})
-    with pytest.raises(ValueError, match="short convolution needs causal"):
-        mixer.init(jax.random.key(0), jnp.zeros((1, 4, 12)), whole(1, 4))
+def test_a_short_convolution_is_of_one_sequence():
+    mixer = make("softmax", {}, {"heads": 2, "head_width": 6, "short_conv": 4})
+    context = Context(jnp.zeros((1, 4, 12)), whole(1, 4))
+    with pytest.raises(ValueError, match="short convolution needs self-attention"):
+        mixer.init(jax.random.key(0), jnp.zeros((1, 4, 12)), whole(1, 4), None, context)
 
 
 @pytest.mark.parametrize("name", ["softmax", "linear", "gla", "gated_delta", "aft"])

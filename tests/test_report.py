@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from configs import base
 from fastformer import models
+from fastformer.attention import VARIANTS
 from fastformer.core import config as configuration
 from fastformer.core.errors import UserError
 from fastformer.core.seq import whole
@@ -253,6 +254,7 @@ def benchmark_config(**changes):
 def test_the_benchmark_measures_every_variant(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch_peer, "available", lambda: (None, "torch is not installed"))
     rows = benchmark.run_benchmark(benchmark_config(variants=("linear",)), tmp_path)
+    assert {row["direction"] for row in rows} == {"causal"}
     assert [(row["variant"], row["length"]) for row in rows] == [
         ("softmax", 16), ("linear", 16), ("softmax", 32), ("linear", 32),
     ]  # fmt: skip
@@ -283,6 +285,16 @@ def test_a_benchmark_that_cannot_be_says_so(changes, words, tmp_path):
     with pytest.raises(UserError) as error:
         benchmark.run_benchmark(benchmark_config(**changes), tmp_path)
     assert str(error.value).startswith(words)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_the_benchmark_has_every_row_in_a_direction_that_it_can(bidirectional):
+    c = benchmark_config()
+    c.model.bidirectional, c.model.short_conv = bidirectional, -1
+    model = configuration.section(models.ModelConfig, c, "model")
+    for name, row in VARIANTS.items():
+        both_ways = benchmark._mixer(model, name, 16).bidirectional_mode
+        assert both_ways == (row.bidirectional if bidirectional else not row.causal), name
 
 
 def test_the_benchmark_gives_each_variant_its_own_options():

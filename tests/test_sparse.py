@@ -257,6 +257,33 @@ def test_native_sparse_is_its_reference_where_blocks_overlap(sizes):
         np.testing.assert_allclose(a, b, atol=2e-5 * max(1.0, np.abs(b).max()))
 
 
+@pytest.mark.parametrize("capacity", [TIME, 32])
+def test_native_sparse_streams_where_blocks_overlap(capacity):
+    """Compressed blocks are made once, of tokens of several calls; a segment that fits the state is whole."""
+    options = {"compress_size": 4, "compress_stride": 2, "select_size": 8, "selected": 4, "window": 6}
+    mixer = make("native_sparse", options, {"heads": 4, "kv_heads": 2, "head_width": 6})
+    x, seq = jax.random.normal(jax.random.key(0), (1, TIME, 8)), row()
+    params = jax.jit(mixer.init)(jax.random.key(1), x, seq)
+    step = jax.jit(mixer.apply)
+    want, state, got = step(params, x, seq)[0], mixer.init_state(1, capacity), []
+    edges = [0, 1, 2, 13, 24, 35, 36, 37, 48, TIME]  # pieces of two sizes, for each is a compilation
+    for start, end in zip(edges, edges[1:]):
+        y, state = step(params, x[:, start:end], Seq(*(part[:, start:end] for part in seq)), state)
+        got.append(y)
+    np.testing.assert_allclose(np.concatenate(got, axis=1), want, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["moba", "native_sparse"])
+def test_decoding_reads_the_chosen_blocks_alone(name):
+    """A token costs less than half of the products with all keys."""
+    mixer = make(name, {}, {"heads": 2, "kv_heads": 1, "head_width": 16})
+    x, seq, slots = jax.ShapeDtypeStruct((1, 1, 16), jnp.float32), whole(1, 1, 32767), 32768
+    params = jax.eval_shape(mixer.init, jax.random.key(0), jnp.zeros((1, 1, 16)), whole(1, 1))
+    state = jax.eval_shape(lambda: mixer.init_state(1, slots))
+    spent = flops(lambda params, x, state: mixer.apply(params, x, seq, state)[0], params, x, state)
+    assert spent < (2 * 2 * slots * 2 * 16) / 2
+
+
 @pytest.mark.parametrize("chunk", [1, 3, 64])
 def test_pairs_meet_their_blocks_in_any_chunk(chunk):
     choice = jax.random.randint(jax.random.key(0), (2, 50), 0, 8)  # of 7 blocks, 7 is none

@@ -181,6 +181,9 @@ def attend_chosen(
     blocks, size = k_BNCGK.shape[1:3]
     count = choice_BTGJ.shape[-1]
 
+    if time * count <= blocks:
+        return _gathered(q_BTGMK, k_BNCGK, v_BNCGP, choice_BTGJ, seen_BNC)
+
     def sheets(x: jax.Array, axis: int) -> jax.Array:
         x = jnp.moveaxis(x, axis, 1)
         return x.reshape(batch * groups, *x.shape[2:])
@@ -217,6 +220,27 @@ def attend_chosen(
     y, log = to_time(y, 0.0), to_time(log, -jnp.inf)
     y, log = y.reshape(*y.shape[:3], groups * share, -1), log.reshape(*log.shape[:3], groups * share)
     return join([(y[:, :, j], log[:, :, j]) for j in range(count)])
+
+
+def _gathered(q_BTGMK, k_BNCGK, v_BNCGP, choice_BTGJ, seen_BNC: jax.Array | None) -> Part:
+    """Return what ``attend_chosen`` does, by a copy of each query's blocks: for few queries."""
+    batch, time, groups, share, width = q_BTGMK.shape
+    blocks, size = k_BNCGK.shape[1:3]
+    index_BGTJ = jnp.minimum(choice_BTGJ, blocks - 1).swapaxes(1, 2)
+
+    def of_each(x_BNCG: jax.Array) -> jax.Array:
+        found = jax.vmap(jax.vmap(lambda x, i: x[i]))(jnp.moveaxis(x_BNCG, 3, 1), index_BGTJ)
+        return found.swapaxes(1, 2).reshape(batch, time, groups, -1, *x_BNCG.shape[4:])
+
+    k_BTGSK, v_BTGSP = of_each(k_BNCGK), of_each(v_BNCGP)
+    visible_BTGS = jnp.repeat(choice_BTGJ < blocks, size, axis=3)
+    if seen_BNC is not None:
+        visible_BTGS &= of_each(jnp.repeat(seen_BNC[..., None], groups, axis=3))
+    scores = jnp.einsum("BTGMK,BTGSK->BTGMS", q_BTGMK, k_BTGSK, preferred_element_type=jnp.float32)
+    weights, log_BTGM = softmax_part(scores / math.sqrt(width), visible_BTGS[:, :, :, None])
+    weights = weights.astype(v_BTGSP.dtype)
+    y = jnp.einsum("BTGMS,BTGSP->BTGMP", weights, v_BTGSP, preferred_element_type=jnp.float32)
+    return y.reshape(batch, time, groups * share, -1), log_BTGM.reshape(batch, time, groups * share)
 
 
 def attend_apart(

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fastformer.attention.gating import Recurrent
+from fastformer.attention.gating import Expanded, Recurrent
 from fastformer.attention.recurrence import Memory, Tokens, empty_memory, grouped, loop, recur
 from fastformer.attention.short_conv import Past
 from fastformer.core.errors import require
@@ -53,18 +53,10 @@ def init_state(batch: int, capacity: int, dtype: jnp.dtype, *, heads: int, width
     return empty_memory(batch, heads, *widths)
 
 
-class _Expanded(Recurrent):
+class _Expanded(Expanded):
     """Attributes: value_expand: P / K."""
 
-    value_expand: int = 2
-
-    def __post_init__(self):
-        require(self.value_expand >= 1, "value_expand", self.value_expand, "1 or more")
-        super().__post_init__()
-
-    @property
-    def value_width(self):
-        return self.value_expand * self.head_width
+    value_expand: float = 2.0
 
     def tokens(self, q_BTHK, k_BTGK, v_BTGP, log_BTGK):
         return decayed(q_BTHK, k_BTGK, v_BTGP, log_BTGK)
@@ -119,7 +111,8 @@ class GLA(_Expanded):
 class HGRN2(Recurrent):
     """HGRN2: the forget gate f is the decay, and 1 - f the key (Qin et al. 2024, 2404.07904, eq. 9).
 
-    The paper learns the lower bound of f over all layers together; here it is a number.
+    One RMS norm goes over all heads together, as in the authors' code. The paper learns the lower bound of f
+    over all layers together; here it is a number.
 
     Attributes:
       lower_bound: f = lower_bound + (1 - lower_bound) sigmoid(x W).
@@ -143,7 +136,9 @@ class HGRN2(Recurrent):
         return Tokens(grouped(jax.nn.silu(q_BTHK.astype(jnp.float32)), self.groups), k_BTGK, v_BTGP, log_BTGK)
 
     def finish(self, y_BTHP, x_BTD):
-        return super().finish(RMSNorm("P", name="head_norm")(y_BTHP), x_BTD)
+        shape = y_BTHP.shape
+        y_BTR = RMSNorm("R", name="inner_norm")(y_BTHP.reshape(*shape[:2], -1))
+        return super().finish(y_BTR.reshape(shape), x_BTD)
 
 
 class Mamba2(_Expanded):
@@ -153,7 +148,8 @@ class Mamba2(_Expanded):
     K is its state size N. Decay exp(-exp(A) dt), input scaled by dt, skip D x, and a gated RMS norm.
 
     Attributes:
-      value_expand: P / K; with H K = D the published inner width 2 D.
+      value_expand: P / K; 2 with H K = D is the published inner width 2 D. The published models have
+        K = 128 and P = 64 (0.5), D / 32 heads and one key/value head.
     """
 
     convolution: ClassVar[int] = 4

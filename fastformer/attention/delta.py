@@ -7,7 +7,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from fastformer.attention.gating import Recurrent, unit
+from fastformer.attention.gating import Expanded, unit
 from fastformer.attention.recurrence import CHUNK, Memory, Tokens, empty_memory, grouped, loop, recur
 from fastformer.core.errors import require
 from fastformer.core.layers import RMSNorm
@@ -64,16 +64,20 @@ def init_state(batch: int, capacity: int, dtype: jnp.dtype, *, heads: int, width
     return empty_memory(batch, heads, *widths)
 
 
-class Delta(Recurrent):
+class Delta(Expanded):
     """DeltaNet: SiLU'd queries and keys of length one (Yang et al. 2024, 2406.06484, section 3.4).
 
     Attributes:
+      value_expand: P / K.
+      norm_gate: multiply the normed heads by a gate, which the authors' DeltaNet does not do, and the rules
+        with a decay do.
       negative: strengths are in [0, 2], eigenvalues of the memory's transition in [-1, 1] in place of
         [0, 1] (Grazzi et al. 2024, 2411.12537).
     """
 
     convolution: ClassVar[int] = 4
 
+    norm_gate: bool = False
     negative: bool = False
 
     def gates(self, x_BTD, seq):
@@ -90,15 +94,20 @@ class Delta(Recurrent):
         return overwriting(q_BTHK, k_BTGK, v_BTGP, beta_BTG, log_BTGK)
 
     def finish(self, y_BTHP, x_BTD):
-        return super().finish(self.normed(y_BTHP, x_BTD), x_BTD)
+        normed = self.normed if self.norm_gate else lambda y, _: RMSNorm("P", name="head_norm")(y)
+        return super().finish(normed(y_BTHP, x_BTD), x_BTD)
 
 
 class GatedDelta(Delta):
     """Gated DeltaNet: the delta rule after Mamba-2's decay (Yang et al. 2024, 2412.06464, eq. 10).
 
     Attributes:
-      negative: as in delta.
+      value_expand: P / K; 2 as published, 1 in Qwen3-Next.
+      norm_gate, negative: as in delta.
     """
+
+    value_expand: float = 2.0
+    norm_gate: bool = True
 
     def gates(self, x_BTD, seq):
         log_BTG, _ = self.decay(self.linear("step", x_BTD, "BTD,DG->BTG", self.groups, exact=True), "G")
@@ -109,10 +118,11 @@ class KimiDelta(Delta):
     """Kimi Delta Attention: a decay a channel before the delta rule (Kimi Team 2025, 2510.26692, eq. 1).
 
     Attributes:
-      negative: as in delta.
+      value_expand, norm_gate, negative: as in delta; this gate is a sigmoid of low rank.
       gate_rank: of the weights of decay and output gate; 0 is K.
     """
 
+    norm_gate: bool = True
     gate_rank: int = 0
 
     def __post_init__(self):
@@ -134,11 +144,13 @@ class DeltaProduct(Delta):
     """DeltaProduct: several delta rules a token (Siems et al. 2025, 2502.10297, eq. 5).
 
     Attributes:
+      value_expand, norm_gate: as in delta.
       negative: as in delta; the products reach further with it.
       steps: n_h, rules a token, each with its own key, value and strength.
       gated: decay the memory before the first, as gated_delta does.
     """
 
+    norm_gate: bool = True
     negative: bool = True
     steps: int = 2
     gated: bool = False

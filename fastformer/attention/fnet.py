@@ -66,7 +66,8 @@ class FNet(Mixer):
     """The real part of a two-dimensional Fourier transform: O(T log T), and not one parameter.
 
     As published it is not scaled: y is some sqrt(T D) times x, which the norm after the layer undoes.
-    Heads, positions, ``qk_norm`` and ``out_scale`` do nothing: there are no queries, keys and projections.
+    Heads, positions, ``qk_norm``, ``short_conv`` and ``out_scale`` do nothing: there are no queries, keys and
+    projections.
 
     Attributes:
       orthonormal: divide by sqrt(D times the tokens of the segment), for stacks that norm before a layer.

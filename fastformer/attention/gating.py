@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from fastformer.attention.mixer import Mixer
 from fastformer.attention.recurrence import Memory, Tokens, empty_memory, loop, recur
+from fastformer.core.errors import require
 from fastformer.core.layers import Linear, RMSNorm
 from fastformer.core.seq import Seq
 
@@ -69,6 +70,27 @@ class Recurrent(Mixer):
         bias = self.vector("step_bias", letters, shape, inverse_softplus_step)
         size = jax.nn.softplus(step.astype(jnp.float32) + bias)
         return -jnp.exp(rate.reshape(1, 1, heads, *(1,) * (step.ndim - 3))) * size, size
+
+
+class Expanded(Recurrent):
+    """A recurrent mixer whose values have a width of their own.
+
+    Attributes:
+      value_expand: P / K, such that P is a whole number.
+    """
+
+    value_expand: float = 1.0
+
+    def __post_init__(self):
+        width = self.value_expand * self.head_width
+        whole = width >= 1 and width == round(width)
+        require(whole, "value_expand", self.value_expand, f"such that {self.head_width} times it is whole")
+        super().__post_init__()
+
+    @property
+    def value_width(self) -> int:
+        """Return P."""
+        return round(self.value_expand * self.head_width)
 
 
 def log_uniform_rate(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:

@@ -164,6 +164,8 @@ class Longformer(Mixer):
         q = self.linear("global_query", x_BTD, "BTD,DHK->BTHK", self.heads, self.head_width)
         k = self.linear("global_key", x_BSD, "BSD,DGK->BSGK", self.groups, self.head_width)
         v = self.linear("global_value", x_BSD, "BSD,DGP->BSGP", self.groups, self.value_width)
+        if self.conv_width:
+            (q, k, v), _ = self.convolve((q, k, v), seqs[0], None, name="global_conv")
         if self.qk_norm:
             q, k = RMSNorm("K", name="global_query_norm")(q), RMSNorm("K", name="global_key_norm")(k)
         if self.positions == "rope":

@@ -56,7 +56,8 @@ class Mixer(nn.Module):
       rope_base: of the rotary frequencies.
       qk_norm: RMS-normalise queries and keys per head (Henry et al. 2020, 2010.04245, in RMS form).
       soft_cap: bound of the scores; 0 is off.
-      short_conv: tokens that a causal convolution of q, k and v spans; 0 is off, -1 as published.
+      short_conv: tokens that a convolution of q, k and v spans, the token and those before it, in either
+        direction of attention; 0 is off, -1 as published.
       output_gate: multiply by ``sigmoid(x W)`` before the output projection.
       bias: of the linear maps, but those that make decays and strengths.
       out_scale: of the initial output projection.
@@ -190,11 +191,16 @@ class Mixer(nn.Module):
         return Linear(spec, (x_BTD.shape[-1], *sizes), dtype=dtype, bias=bias, name=name)(x_BTD)
 
     def convolve(
-        self, parts: tuple[jax.Array, ...], seq: Seq, past: Past | None, bias: bool = False
+        self,
+        parts: tuple[jax.Array, ...],
+        seq: Seq,
+        past: Past | None,
+        bias: bool = False,
+        name: str = "conv",
     ) -> tuple[tuple[jax.Array, ...], Past]:
         """Return the parts [B, T, heads, width] after one short convolution over all their features."""
         flat = [part.reshape(*part.shape[:2], -1) for part in parts]
-        conv = ShortConv(self.conv_width, bias, name="conv")
+        conv = ShortConv(self.conv_width, bias, name=name)
         y_BTR, past = conv(jnp.concatenate(flat, axis=-1), seq, past)
         cuts = np.cumsum([part.shape[-1] for part in flat])[:-1].tolist()
         split = jnp.split(y_BTR, cuts, axis=-1)
@@ -244,8 +250,8 @@ class Mixer(nn.Module):
         for ability, wanted in asked.items():
             if wanted and not getattr(self, ability):
                 raise ValueError(f"{type(self).__name__} is not {ability}; {able(ability)}")
-        if self.conv_width and (context is not None or self.bidirectional_mode):
-            raise ValueError("a short convolution needs causal self-attention; set short_conv 0")
+        if self.conv_width and context is not None:
+            raise ValueError("a short convolution needs self-attention; set short_conv 0")
         if state is not None and (self.bidirectional_mode or context is not None):
             raise ValueError("only causal self-attention goes on from a state")
         if state is not None and self.implementation == "reference":

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fastformer.attention.gating import Recurrent
+from fastformer.attention.gating import Expanded
 from fastformer.attention.recurrence import Memory, Tokens, empty_memory, grouped, recur
 from fastformer.attention.segments import starts
 from fastformer.core.errors import lookup, require
@@ -155,7 +155,7 @@ def init_state(
     return MLSTMState(memory, jnp.zeros((batch, heads), jnp.float32))
 
 
-class MLSTM(Recurrent):
+class MLSTM(Expanded):
     """mLSTM (Beck et al. 2024, xLSTM, 2405.04517, eqs. 19 to 27), its heads normed and gated.
 
     The layer is that of xLSTM 7B (Beck et al. 2025, 2503.13427, section 2), without the paper's expansion
@@ -165,26 +165,20 @@ class MLSTM(Recurrent):
     at -10 as in xLSTM 7B, where it does.
 
     Attributes:
-      value_expand: P / K; 2 in xLSTM 7B.
+      value_expand: P / K; 1 in the paper, 2 in xLSTM 7B.
       forget: gate, "sigmoid" or "exp": eq. 26 allows both, the authors train the former.
       gate_cap: bound c of the gates' logarithms, c tanh(gate / c), 15 in xLSTM 7B; 0 is off.
     """
 
-    small: ClassVar[dict[str, Any]] = {"value_expand": 2, "gate_cap": 15.0}
+    small: ClassVar[dict[str, Any]] = {"value_expand": 2.0, "gate_cap": 15.0}
 
-    value_expand: int = 1
     forget: str = "sigmoid"
     gate_cap: float = 0.0
 
     def __post_init__(self):
-        require(self.value_expand >= 1, "value_expand", self.value_expand, "1 or more")
         require(self.gate_cap >= 0, "gate_cap", self.gate_cap, "0 or more")
         lookup(FORGET, self.forget, "forget")
         super().__post_init__()
-
-    @property
-    def value_width(self):
-        return self.value_expand * self.head_width
 
     def gates(self, x_BTD, seq):
         write = self._gate("input_gate", x_BTD, jax.nn.initializers.constant(-10.0))

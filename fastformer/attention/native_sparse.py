@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 
 from fastformer.attention import cache
-from fastformer.attention.blocked import BLOCK
 from fastformer.attention.cache import KVState
 from fastformer.attention.chosen import (
     Neighbours,
@@ -25,43 +24,32 @@ from fastformer.attention.chosen import (
     of_blocks,
     timeline,
 )
+from fastformer.attention.compressed_blocks import FIXED, Sizes, Squeeze, compressed, new_blocks
 from fastformer.attention.mixer import Mixer
-from fastformer.attention.parts import ends, grouped, join, softmax_part, take, tiles, untiled
+from fastformer.attention.parts import grouped, join
 from fastformer.attention.scores import Mask, masked_softmax
 from fastformer.core.errors import require
 from fastformer.core.layers import zero_padding
 from fastformer.core.seq import Seq
 
 BRANCHES = ("compress", "select", "window")
-FIXED = 3  # blocks that are always selected: the first, the query's own and the one before (section 3.3.2)
 
 
-class Sizes(NamedTuple):
-    """Tokens: l of a compressed block, d between them, l' of a selected one; n; W; and worked on together."""
-
-    compress: int
-    stride: int
-    select: int
-    selected: int
-    window: int
-    block: int = BLOCK
-
-
-class Squeeze(NamedTuple):
-    """phi of eq. 7: a block's tokens and their places in it, through one hidden layer, become one vector.
+class SparseState(NamedTuple):
+    """The tokens of the past, and its compressed blocks.
 
     Attributes:
-      place_CK: added to the tokens of a block. inner_CKR, outer_RK: weights.
+      tokens: keys and values of the three branches.
+      blocks: keys and values of compressed blocks, with the segment and position of their last tokens.
     """
 
-    place_CK: jax.Array
-    inner_CKR: jax.Array
-    outer_RK: jax.Array
+    tokens: KVState
+    blocks: KVState
 
-    def __call__(self, x_BNCGK: jax.Array) -> jax.Array:
-        x = x_BNCGK + self.place_CK.astype(x_BNCGK.dtype)[None, None, :, None]
-        hidden = jnp.einsum("BNCGK,CKR->BNGR", x, self.inner_CKR.astype(x.dtype))
-        return jnp.einsum("BNGR,RK->BNGK", jax.nn.gelu(hidden), self.outer_RK.astype(x.dtype))
+    @property
+    def segment_BS(self) -> jax.Array:
+        """Return the segments of the tokens' slots, 0 where unused."""
+        return self.tokens.segment_BS
 
 
 def reference(
@@ -120,8 +108,8 @@ def forward(
     *,
     seq: Seq,
     sizes: Sizes,
-    state: KVState | None = None,
-) -> tuple[jax.Array, KVState]:
+    state: SparseState | None = None,
+) -> tuple[jax.Array, SparseState]:
     """Return ``(y_BTHP, state)``.
 
     Args:
@@ -129,107 +117,62 @@ def forward(
       gate_BTHE: of the three branches.
       squeezes: what compresses keys, and values.
     """
-    after = cache.growing(k_BTGK, v_BTGP, seq) if state is None else cache.append(state, k_BTGK, v_BTGP, seq)
     if state is None:
-        y_BTHEP = _branches(q_BTHK, k_BTGK, v_BTGP, seq, None, squeezes, sizes)
+        y_BTHEP, blocks = _branches(q_BTHK, k_BTGK, v_BTGP, seq, None, squeezes, sizes)
+        after = SparseState(cache.growing(k_BTGK, v_BTGP, seq), blocks)
     else:
         moved = led((q_BTHK, k_BTGK, v_BTGP, seq), seq)
-        y_BTHEP = led(_branches(*moved, state, squeezes, sizes), seq, back=True)
+        y_BTHEP, blocks = _branches(*moved, state, squeezes, sizes)
+        y_BTHEP = led(y_BTHEP, seq, back=True)
+        after = SparseState(cache.append(state.tokens, k_BTGK, v_BTGP, seq), blocks)
     y_BTHP = jnp.sum(gate_BTHE.astype(jnp.float32)[..., None] * y_BTHEP, axis=3)
     return y_BTHP.astype(v_BTGP.dtype), after
 
 
-def _branches(q_BTHK, k_BTGK, v_BTGP, seq: Seq, state, squeezes, sizes: Sizes) -> jax.Array:
+def _branches(q_BTHK, k_BTGK, v_BTGP, seq: Seq, state, squeezes, sizes: Sizes) -> tuple[jax.Array, KVState]:
     q_BTHK = zero_padding(q_BTHK, seq)
-    line = timeline(state, k_BTGK, v_BTGP, seq)
+    line = timeline(state and state.tokens, k_BTGK, v_BTGP, seq)
     keys, values = jnp.split(line.k_BSGK, 3, axis=2), jnp.split(line.v_BSGP, 3, axis=2)
     lines = [Timeline(k, v, line.seq, line.past) for k, v in zip(keys, values)]
-    compressed, choice_BTGJ = _compressed(grouped(q_BTHK, keys[0].shape[2]), lines[0], seq, squeezes, sizes)
+    new = new_blocks(lines[0], squeezes, sizes)
+    blocks = cache.growing(*new) if state is None else cache.append(state.blocks, *new)
+    every = timeline(state and state.blocks, *new)
+    coarse, choice_BTGJ = compressed(grouped(q_BTHK, keys[0].shape[2]), lines[0].seq, every, seq, sizes)
     parts = [near(q_BTHK, lines[1], seq, Neighbours(sizes.select), sizes.block)]
     end_BN = complete_blocks(line.seq, sizes.select).end_BN
-    blocks = (of_blocks(x, end_BN, sizes.select) for x in (lines[1].k_BSGK, lines[1].v_BSGP))
+    selected = (of_blocks(x, end_BN, sizes.select) for x in (lines[1].k_BSGK, lines[1].v_BSGP))
     chunk = min(sizes.select, sizes.block)
-    parts.append(attend_chosen(grouped(q_BTHK, keys[1].shape[2]), *blocks, choice_BTGJ, chunk))
+    parts.append(attend_chosen(grouped(q_BTHK, keys[1].shape[2]), *selected, choice_BTGJ, chunk))
     recent, _ = near(q_BTHK, lines[2], seq, Mask(True, sizes.window), sizes.block)
-    return jnp.stack([compressed, join(parts)[0], recent], axis=3)
-
-
-def _compressed(q_BTGMK, line: Timeline, seq: Seq, squeezes, sizes: Sizes) -> tuple[jax.Array, jax.Array]:
-    """Return the compressed branch, and the blocks that its weights select (eq. 8 to 11), [B, T, G, J]."""
-    batch, time, groups, share, width = q_BTGMK.shape
-    end_BU = _compressed_ends(line.seq, sizes)
-    there_BU = end_BU >= 0
-    tokens = (of_blocks(x, end_BU, sizes.compress) for x in line[:2])
-    k_BUGK, v_BUGP = (f(x) for f, x in zip(squeezes, tokens))
-    k_seq = Seq(jnp.where(there_BU, take(line.seq.segment_BT, end_BU), 0), take(line.seq.position_BT, end_BU))
-    k_BUGK, v_BUGP = zero_padding(k_BUGK, k_seq), zero_padding(v_BUGP, k_seq)
-
-    @jax.checkpoint
-    def attend(at: tuple[jax.Array, Seq]) -> tuple[jax.Array, jax.Array]:
-        q, q_seq = at
-        scores = jnp.einsum("BTGMK,BUGK->BGMTU", q, k_BUGK, preferred_element_type=jnp.float32)
-        visible = Mask().visible(q_seq, k_seq)[:, None, None]
-        weights, _ = softmax_part(scores / math.sqrt(width), visible)
-        y = jnp.einsum(
-            "BGMTU,BUGP->BTGMP", weights.astype(v_BUGP.dtype), v_BUGP, preferred_element_type=jnp.float32
-        )
-        return y, _select(jax.lax.stop_gradient(weights).sum(axis=2), q_seq, line.seq, end_BU, sizes)
-
-    work = jax.tree.map(lambda x: tiles(x, min(sizes.block, time)), (q_BTGMK, seq))
-    y_BTGMP, choice_BTGJ = (untiled(x, time) for x in jax.lax.map(attend, work))
-    return y_BTGMP.reshape(batch, time, groups * share, -1), choice_BTGJ
-
-
-def _compressed_ends(seq: Seq, sizes: Sizes) -> jax.Array:
-    """Return the index of the last token of each compressed block, [B, U], -1 where there is none."""
-    late = Seq(seq.segment_BT, seq.position_BT - sizes.compress + sizes.stride)
-    early_BT = late.position_BT < 0
-    return ends(Seq(jnp.where(early_BT, 0, late.segment_BT), late.position_BT), sizes.stride)
-
-
-def _select(weights_BGTU, q_seq: Seq, k_seq: Seq, end_BU, sizes: Sizes) -> jax.Array:
-    blocks = complete_blocks(k_seq, sizes.select)
-    count = blocks.end_BN.shape[1]
-    # Compressed blocks by the strips that they share with each selected one.
-    first, last = 1 - sizes.compress // sizes.stride, sizes.select // sizes.stride
-    likes_BGTN = 0.0
-    for step in range(first, last):
-        low, high = max(step, 0), min(step + sizes.compress // sizes.stride, last)
-        at_BN = blocks.end_BN - sizes.select + step * sizes.stride + sizes.compress
-        index_BN = at_BN // sizes.stride
-        is_BN = (take(end_BU, index_BN) == at_BN) & (at_BN >= 0) & (index_BN < end_BU.shape[1])
-        found = jax.vmap(lambda w, i: w[:, :, i])(weights_BGTU, jnp.clip(index_BN, 0, end_BU.shape[1] - 1))
-        likes_BGTN += jnp.where(is_BN[:, None, None], (high - low) * found, 0.0)
-    same = (q_seq.segment_BT[:, :, None] == blocks.segment_BN[:, None]) & (blocks.segment_BN > 0)[:, None]
-    behind_BTN = q_seq.position_BT[:, :, None] // sizes.select - blocks.number_BN[:, None]
-    far = same & (behind_BTN >= 2)
-    zeroth = far & (blocks.number_BN == 0)[:, None]
-    home_BT1 = jnp.where(zeroth.any(axis=-1), jnp.argmax(zeroth, axis=-1), count)[..., None]
-    likes, index = jax.lax.top_k(
-        jnp.where((far & ~zeroth)[:, None], likes_BGTN, -jnp.inf), min(sizes.selected - FIXED, count)
-    )
-    choice_BTGJ = jnp.where(likes > -jnp.inf, index, count).swapaxes(1, 2)
-    home = jnp.broadcast_to(home_BT1[:, :, None], (*choice_BTGJ.shape[:3], 1))
-    return jnp.concatenate([home, choice_BTGJ], axis=-1)
+    return jnp.stack([coarse, join(parts)[0], recent], axis=3), blocks
 
 
 def init_state(
-    batch: int, capacity: int, dtype: jnp.dtype, *, kv_heads: int, key_width: int, value_width: int
-) -> KVState:
-    """Return an empty cache of ``capacity`` tokens; B capacity G (K + P) elements and indices.
+    batch: int,
+    capacity: int,
+    dtype: jnp.dtype,
+    *,
+    kv_heads: int,
+    key_width: int,
+    value_width: int,
+    stride: int,
+) -> SparseState:
+    """Return an empty cache of ``capacity`` tokens; B capacity G (K + P) (1 + 1 / 3 d) elements and indices.
 
     Args:
-      kv_heads: of the three branches together.
+      kv_heads: of the three branches together. stride: d.
     """
-    return cache.empty(batch, capacity, kv_heads, (key_width, value_width), dtype)
+    widths = (key_width, value_width)
+    tokens = cache.empty(batch, capacity, kv_heads, widths, dtype)
+    blocks = cache.empty(batch, capacity // stride + 1, kv_heads // len(BRANCHES), widths, dtype)
+    return SparseState(tokens, blocks)
 
 
 class NativeSparse(Mixer):
     """Compressed blocks, the blocks they point at, and a window, each with keys and values of its own.
 
     O(T (T / d + n l' + W)) to train. All query heads of a key/value head select together; the selection has
-    no gradient. phi has one hidden layer of 2 K (the paper does not say). Compressed keys are made anew from
-    the cache at every step, so that decoding reads the keys of the whole past once.
+    no gradient. phi has one hidden layer of 2 K (the paper does not say).
 
     Attributes:
       compress_size: l, tokens in a compressed block. compress_stride: d, from one to the next.
@@ -297,4 +240,6 @@ class NativeSparse(Mixer):
 
     def empty(self, batch, capacity, dtype):
         widths = {"key_width": self.head_width, "value_width": self.value_width}
-        return init_state(batch, capacity, dtype, kv_heads=self.groups, **widths)
+        return init_state(
+            batch, capacity, dtype, kv_heads=self.groups, stride=self.compress_stride, **widths
+        )

@@ -17,8 +17,8 @@ from fastformer.core.seq import Seq
 
 __all__ = ["Performer", "forward", "init_state", "projections", "reference"]
 
-# exp(40) summed over any row, times values, is far from float32's largest number.
-LARGEST = 40.0
+# exp(70), summed over a row of values, is below float32's largest number, and exp(-70) above its smallest.
+LARGEST = 70.0
 
 
 @functools.cache
@@ -80,21 +80,21 @@ def forward(
     """Return ``(y_BTHP, state)`` by the chunked sums of ``linear``.
 
     Every exponential is bounded without a maximum over keys, which would depend on what came before:
-    ``exp(|w|² / 2)`` of each feature moves from the keys, leaving ``exp(-|w - k'|² / 2)``, to the queries,
-    and a query's own largest feature cancels in the average.
+    ``w k' - |k'|² / 2`` is at most ``|w|² / 2``, of which what is above LARGEST moves from the keys to the
+    queries, and a query's own largest feature cancels in the average. No more than LARGEST moves, or keys of
+    heads wider than 250 would be nothing; there a key that is all but a random vector is cut to exp(LARGEST).
     """
     batch, time, heads, width = q_BTHK.shape
     groups = projection_GRK.shape[0]
     w_GRK = jnp.asarray(projection_GRK)
-    half_GR = 0.5 * jnp.sum(w_GRK * w_GRK, axis=-1)
+    moved_GR = jnp.clip(0.5 * jnp.sum(w_GRK * w_GRK, axis=-1) - LARGEST, 0.0, LARGEST)
     q = zero_padding(q_BTHK, seq).astype(jnp.float32) * width**-0.25
     k = zero_padding(k_BTGK, seq).astype(jnp.float32) * width**-0.25
     q = q.reshape(batch, time, groups, heads // groups, width)
-    log_q = jnp.einsum("BTGMK,GRK->BTGMR", q, w_GRK) + half_GR[None, None, :, None]
+    log_q = jnp.einsum("BTGMK,GRK->BTGMR", q, w_GRK) + moved_GR[None, None, :, None]
     log_q -= jax.lax.stop_gradient(jnp.max(log_q, axis=-1, keepdims=True))
     log_k = jnp.einsum("BTGK,GRK->BTGR", k, w_GRK) - 0.5 * jnp.sum(k * k, axis=-1, keepdims=True)
-    # What is added to every key cancels too: as much as is safe of the K / 2 that half_GR is in the mean.
-    log_k += min(width / 2, LARGEST) - half_GR[None, None]
+    log_k = jnp.minimum(log_k - moved_GR[None, None], LARGEST)
     phi_q = jnp.exp(log_q).reshape(batch, time, heads, -1)
     return average(phi_q, jnp.exp(log_k), v_BTGP, seq, state, causal=causal, chunk=chunk)
 

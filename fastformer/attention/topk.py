@@ -157,7 +157,7 @@ class TopK(Mixer):
     cross: ClassVar[bool] = True
     streaming: ClassVar[bool] = True
     scores: ClassVar[bool] = True
-    small: ClassVar[dict] = {"best": 100}
+    small: ClassVar[dict] = {"best": 20}
 
     best: int = 64
 

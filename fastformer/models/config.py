@@ -196,9 +196,6 @@ class ModelConfig:
         if detached:
             fields["parent"] = None
         try:
-            made = make(name, self.attention, fields, module_name=module)
-            if bidirectional and made.conv_width:
-                raise FieldError("name", f"{name} has a short convolution, which is causal; set short_conv 0")
-            return made
+            return make(name, self.attention, fields, module_name=module)
         except FieldError as error:
             raise FieldError(f"attention.{error.field}", error.message) from error

@@ -27,6 +27,7 @@ from fastformer.report import plots, tables, torch_peer
 from fastformer.report.cost import flops
 
 BASELINE = "softmax"  # what every ratio is against
+DIRECTIONS = ("causal", "bidirectional")  # by whether a token sees those after it
 TABLE = "benchmark.md"
 MIN_SECONDS = 0.02  # a timed turn repeats a shorter call until it lasts about this long
 
@@ -62,6 +63,7 @@ class Contestant(NamedTuple):
     """One layer at one length, compiled: what is timed, and what it needs.
 
     Attributes:
+      direction: "causal" or "bidirectional".
       forward, both: run the forward pass, or it and the backward pass, to their end.
       forward_bytes, both_bytes: arguments, results and temporaries of the compiled program; None when
         not known.
@@ -70,6 +72,7 @@ class Contestant(NamedTuple):
       compile_seconds: of both programs.
     """
 
+    direction: str
     forward: Callable[[], Any]
     both: Callable[[], Any]
     forward_bytes: int | None = None
@@ -83,7 +86,8 @@ class Contestant(NamedTuple):
 def run_benchmark(config: ConfigDict, workdir: Path) -> list[dict[str, Any]]:
     """Time the attention layers, print the table, and write it with a picture into the workdir.
 
-    A layer is its projections and what lies between, at the sizes of config.model, on one device.
+    A layer is its projections and what lies between, at the sizes of config.model, on one device. A variant
+    that cannot see in the direction of config.model sees in the other, and the table says so.
     Contestants take turns, so that a noisy machine is noisy for all; medians are shown.
 
     Returns:
@@ -109,7 +113,7 @@ def run_benchmark(config: ConfigDict, workdir: Path) -> list[dict[str, Any]]:
             print(f"benchmark: {line}", flush=True)
         if peer is not None:
             forward, both = torch_peer.layer(peer, shape, _heads(model), model.dtype)
-            contestants[torch_peer.NAME] = Contestant(forward, both)
+            contestants[torch_peer.NAME] = Contestant(DIRECTIONS[False], forward, both)
         rows += _measure(contestants, options, length)
         _write(rows, unable, config, workdir)
         print(f"benchmark: length {length:,} timed; it and those before are in {workdir}", flush=True)
@@ -140,8 +144,12 @@ def _heads(model: ModelConfig) -> tuple[int, int, int]:
 
 def _mixer(model: ModelConfig, name: str, length: int) -> nn.Module:
     own = {key: value for key, value in model.attention.items() if key in own_fields(name)}
+    able = getattr(lookup(VARIANTS, name, "variants"), DIRECTIONS[model.bidirectional])
+    both_ways = model.bidirectional if able else not model.bidirectional
     try:
-        alone = dataclasses.replace(model, pattern=(), attention={"name": name, **own})
+        alone = dataclasses.replace(
+            model, pattern=(), bidirectional=both_ways, attention={"name": name, **own}
+        )
     except UserError as error:
         raise UserError(f"config.benchmark.variants: {name} cannot be: {error}") from error
     return alone.mixer(0, length, detached=True)
@@ -166,7 +174,8 @@ def _contestant(mixer: nn.Module, shape: tuple[int, int, int], dtype: jnp.dtype)
     state = jax.eval_shape(lambda: mixer.init_state(1, length)) if mixer.streaming else None
     card = {"parameters": count(params), "flops_per_token": flops(both, params, x_BTD) / (batch * length)}
     held = nbytes(state) if mixer.streaming else None
-    return Contestant(*calls, *map(_peak_bytes, programs), held, compile_seconds=seconds, **card)
+    direction = DIRECTIONS[mixer.bidirectional_mode]
+    return Contestant(direction, *calls, *map(_peak_bytes, programs), held, compile_seconds=seconds, **card)
 
 
 def _peak_bytes(program: Any) -> int | None:
@@ -185,7 +194,7 @@ def _measure(
     both = _times({name: c.both for name, c in contestants.items()}, options.repeats)
     rows = []
     for name, contestant in contestants.items():
-        row = {"variant": name, "length": length, "batch": options.batch}
+        row = {"variant": name, "direction": contestant.direction, "length": length, "batch": options.batch}
         row |= {"forward_seconds": forward[name], "forward_backward_seconds": both[name]}
         if BASELINE in contestants:
             row |= {"forward_ratio": forward[name] / forward[BASELINE]}
@@ -256,6 +265,7 @@ def _cell(value: float | None, show: Callable[[float], str]) -> str:
 def _table(rows: list[dict[str, Any]], unable: dict[str, str]) -> str:
     headers = (
         "variant",
+        "sees",
         "length",
         "forward ms",
         "ratio",
@@ -270,6 +280,7 @@ def _table(rows: list[dict[str, Any]], unable: dict[str, str]) -> str:
     lines = [
         (
             row["variant"],
+            row["direction"],
             f"{row['length']:,}",
             tables.number(1e3 * row["forward_seconds"], 3),
             tables.number(row.get("forward_ratio"), 3),
@@ -284,5 +295,5 @@ def _table(rows: list[dict[str, Any]], unable: dict[str, str]) -> str:
         for row in rows
     ]
     for name, reason in unable.items():
-        lines.append((name, f"not run: {reason}", *("",) * (len(headers) - 2)))
+        lines.append((name, "", f"not run: {reason}", *("",) * (len(headers) - 3)))
     return tables.table(headers, lines)

@@ -64,7 +64,7 @@ def _of_equation(eqn: Any) -> int:
         kernel = eqn.invars[1].aval.shape
         out_features = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
         return 2 * math.prod(eqn.outvars[0].aval.shape) * (math.prod(kernel) // out_features)
-    inner = [_of_jaxpr(jaxpr) for value in eqn.params.values() for jaxpr in _jaxprs(value)]
+    inner = [_of_jaxpr(jaxpr) for value in eqn.params.values() for jaxpr in programs(value)]
     if name == "scan":
         return eqn.params["length"] * sum(inner)
     if name == "cond":
@@ -79,7 +79,7 @@ def _of_equation(eqn: Any) -> int:
     return sum(inner)
 
 
-def _jaxprs(value: Any) -> Iterator[Any]:
+def programs(value: Any) -> Iterator[Any]:
     """Yield the programs inside a parameter of an equation."""
     if isinstance(value, jex.ClosedJaxpr):
         yield value.jaxpr
@@ -87,4 +87,4 @@ def _jaxprs(value: Any) -> Iterator[Any]:
         yield value
     elif isinstance(value, (tuple, list)):
         for item in value:
-            yield from _jaxprs(item)
+            yield from programs(item)
