@@ -249,6 +249,7 @@ def test_hyena_is_gates_and_convolutions(depth):
         ("hyena", "depth", 1),
         ("hyena", "filter_features", 4),
         ("hyena", "filter_layers", 0),
+        ("hyena", "filter_width", 0),
         ("aft", "kind", "full"),
         ("aft", "window", 0),
         ("aft", "bias_rank", 0),

@@ -227,6 +227,7 @@ def test_gated_random_features_fold():
         ("performer", "seed", -1),
         ("random_features", "features", 0),
         ("based", "feature_width", 0),
+        ("based", "feature_width", 3),
         ("linear", "feature_map", "elu"),
     ],
 )

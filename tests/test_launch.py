@@ -87,6 +87,22 @@ def test_train_again_evaluate_generate(tmp_path, capsys, monkeypatch):
         ((BASE, "--config.train.steps=-3"), "config.train.steps: -3 is not allowed; it must be 1 or more"),
         ((BASE, "--config.model.heads=7"), "config.model.heads: 7 does not divide config.model.width 256"),
         ((BASE, "--config.train=3"), "config.train: is a section"),
+        ((BASE, "--config.train.steps.more=3"), "config.train.steps: is a key, 1000, and has none below it"),
+        ((BASE, f"--config.train.steps={2**31}"), "config.train.steps: 2147483648 is not allowed"),
+        ((BASE, "--config.train.spike=1e999"), "config.train.spike: inf is not allowed; it must be a finite"),
+        ((BASE, f"--config.log.every={2**63}"), "config.log.every: 9223372036854775808 is not allowed"),
+        ((BASE, "--config.train.precision=(1,)"), "config.train.precision[0]: 1 is not (policy, share)"),
+        ((BASE, "--config.compress.methods=[[]]"), "config.compress.methods: [] is unknown"),
+        ((BASE, "--config.compress.quantise.rules=(1,)"), "rules: (1,) is not of type tuple[str, ...]"),
+        ((BASE, "--config.task.continued=x"), "config.task.continued: 'x' is not of type int"),
+        ((BASE, f"--config.data.length={2**31}"), "config.data.length: 2147483648 is not allowed"),
+        ((BASE, "--config.model.short_conv=9999"), "config.model.short_conv: 9999 is not allowed"),
+        ((BASE, f"--config.evaluate.batch={2**31}"), "config.evaluate.batch: 2147483648 is not allowed"),
+        ((BASE, "--config.generate.temperature=1e-9"), "config.generate.temperature: 1e-09 is not allowed"),
+        ((BASE, "--config.name=../x"), "config.name: '../x' is not allowed; it must be at most 100 letters"),
+        ((BASE, "--config.name="), "config.name: '' is not allowed"),
+        ((BASE, "--config.model.name=a\nb"), "the task text trains no a b"),
+        ((BASE, "--mode=benchmark", "--config.benchmark.variants=fnet"), "fnet cannot be"),
         ((BASE, "--config.data.source=files:/nowhere/*.txt"), "/nowhere/*.txt"),
         ((BASE, "--config.data.source=nothing"), "config.data.source"),
         ((BASE, "--config.data.tokeniser=words"), "config.data.tokeniser: 'words'"),
@@ -203,8 +219,11 @@ def test_a_file_of_lines_is_read_in_order(tmp_path):
 def test_overrides_take_the_types_of_the_config():
     given = (
         ("optimiser.learning_rate", "1"), ("model.pattern", "local,softmax"), ("model.tied", "false"),
-        ("model.attention.window", "32"), ("data.source", "123"),
+        ("model.attention.window", "32"), ("data.source", "123"), ("benchmark.lengths", "64"),
+        ("compress.prune.matrices", "[qk]/weight,(o|v)/.*"), ("model.remat", "(full)"),
     )  # fmt: skip
     config = configuration.load("configs/base.py", given)
     assert isinstance(config.optimiser.learning_rate, float) and config.model.pattern == ("local", "softmax")
+    assert config.benchmark.lengths == (64,) and config.model.remat == ("full",)
+    assert config.compress.prune.matrices == ("[qk]/weight", "(o|v)/.*")
     assert config.model.tied is False and config.model.attention.window == 32 and config.data.source == "123"

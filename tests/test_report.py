@@ -308,6 +308,14 @@ def test_the_benchmark_gives_each_variant_its_own_options():
         benchmark._mixer(configuration.section(models.ModelConfig, c, "model"), "linear", 32)
 
 
+def test_a_benchmark_of_all_variants_leaves_out_those_that_cannot():
+    model = configuration.section(models.ModelConfig, benchmark_config(), "model")
+    options = configuration.section(benchmark.BenchmarkConfig, benchmark_config(), "benchmark")
+    variants, unable = benchmark._variants(options, model)
+    assert variants[0] == "softmax" and unable["fnet"] == "attention.name: fnet is not causal"
+    assert {*variants, *unable} == {*benchmark.VARIANTS} and not {*variants} & {*unable}
+
+
 def test_torch_is_found_or_the_reason_is_given(monkeypatch):
     monkeypatch.setattr(torch_peer.importlib.util, "find_spec", lambda name: None)
     assert torch_peer.available() == (None, "torch is not installed")

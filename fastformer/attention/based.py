@@ -76,6 +76,8 @@ class Based(Kernel):
 
     def __post_init__(self):
         require(self.feature_width >= 1, "feature_width", self.feature_width, "a width, 1 or more")
+        whole = self.positions != "rope" or self.feature_width % 2 == 0
+        require(whole, "feature_width", self.feature_width, "even where positions are rope")
         super().__post_init__()
 
     @property

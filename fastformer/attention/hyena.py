@@ -218,7 +218,8 @@ class Hyena(Mixer):
         require(self.depth >= 2, "depth", self.depth, "2 or more")
         odd = self.filter_features >= 3 and self.filter_features % 2 == 1
         require(odd, "filter_features", self.filter_features, "an odd number, 3 or more")
-        require(self.filter_layers >= 1, "filter_layers", self.filter_layers, "1 or more")
+        for field in ("filter_layers", "filter_width"):
+            require(getattr(self, field) >= 1, field, getattr(self, field), "1 or more")
         super().__post_init__()
 
     def project(self, x_BTD, x_BSD, seqs, past):

@@ -109,7 +109,8 @@ def build(config: ConfigDict) -> Compression:
             raise UserError(
                 f"config.compress.{key}: no such key{nearest(key, known)} (keys: {', '.join(known)})"
             )
-    require(config.compress.batches >= 1, "config.compress.batches", config.compress.batches, "1 or more")
+    good = 1 <= config.compress.batches <= 2**20
+    require(good, "config.compress.batches", config.compress.batches, f"from 1 to {2**20:,}")
     owned = {name: section(cls, config, f"compress.{name}") for name, cls in METHODS.items()}
     names = tuple(config.compress.methods)
     for name in names:

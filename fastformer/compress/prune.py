@@ -78,8 +78,9 @@ class Prune(Method):
                 require(getattr(self, field) == 0, field, getattr(self, field), allowed)
         require(0 < self.sparsity < 1, "sparsity", self.sparsity, "above 0 and below 1")
         lookup(SCOPES, self.scope, "scope")
-        require(self.start >= 0, "start", self.start, "0 or more")
-        require(self.every >= 1, "every", self.every, "1 or more")
+        for field, least in (("start", 0), ("every", 1), ("end", 0)):
+            value = getattr(self, field)
+            require(least <= value < 2**31, field, value, f"from {least} to 2^31 - 1")
         good = self.end == 0 or self.end >= self.start
         require(good, "end", self.end, f"0, or start {self.start} or more")
         if self.pattern:

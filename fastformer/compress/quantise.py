@@ -44,9 +44,9 @@ class Quantise(Method):
         lookup(FORMATS, self.format, "format")
         lookup(ROUNDINGS, self.rounding, "rounding")
         for field in ("group", "start"):
-            require(getattr(self, field) >= 0, field, getattr(self, field), "0 or more")
+            require(0 <= getattr(self, field) < 2**31, field, getattr(self, field), "0 or more, below 2^31")
         for index, rule in enumerate(self.rules):
-            field, (_, found, form) = f"rules[{index}]", str(rule).rpartition("=")
+            field, (_, found, form) = f"rules[{index}]", rule.rpartition("=")
             require(bool(found), field, rule, "REGEX=FORMAT, as in '.*/mlp/.*=int4'")
             lookup(FORMATS, form, field)
 

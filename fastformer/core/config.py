@@ -18,10 +18,9 @@ from typing import Any, TypeVar
 from ml_collections import ConfigDict, config_dict
 
 from fastformer.core.errors import FieldError, UserError, nearest, require
+from fastformer.core.values import check_kind, check_numbers
 
 Section = TypeVar("Section")
-
-LARGEST = 2**63
 
 CONFIG = "config.json"  # the file in a workdir that holds the configuration of its run
 
@@ -121,7 +120,7 @@ def check_sections(config: ConfigDict) -> None:
             raise UserError(f"config.{key}: {config[key]!r} is not {wanted}")
     # The default workdir is made of it.
     good = re.fullmatch(r"\w[\w. +-]{0,99}", config.name)
-    require(bool(good), "config.name", config.name, "at most 100 letters, digits, and inside . + - and space")
+    require(bool(good), "config.name", config.name, "at most 100 letters, digits, then . + - and spaces too")
 
 
 def set_key(config: ConfigDict, key: str, text: Any) -> None:
@@ -173,7 +172,9 @@ def _typed(text: Any, old: Any, path: str) -> Any:
         if isinstance(value, (int, float)):  # one of them needs no comma
             value = (value,)
         if isinstance(value, str):
-            value = tuple(part.strip() for part in value.strip("()[]").split(",") if part.strip())
+            # Brackets around it all go; those of a regular expression stay.
+            inner = re.sub(r"^(?:\(([^()]*)\)|\[([^][]*,[^][]*)\])$", r"\1\2", value.strip())
+            value = tuple(part.strip() for part in inner.split(",") if part.strip())
         good = isinstance(value, (tuple, list))
         value = tuple(value) if good else value
     elif isinstance(old, bool):
@@ -204,7 +205,8 @@ def section(cls: type[Section], config: ConfigDict, path: str) -> Section:
             raise UserError(
                 f"config.{path}.{key}: no such key{nearest(key, fields)} (keys: {', '.join(fields)})"
             )
-        _check_numbers(values[key], f"config.{path}.{key}")
+        check_kind(values[key], str(fields[key].type), f"config.{path}.{key}")
+        check_numbers(values[key], f"config.{path}.{key}")
     for name, field in fields.items():
         if name not in values and field.default is field.default_factory is dataclasses.MISSING:
             raise UserError(f"config.{path}.{name}: is missing; configs/base.py shows its default")
@@ -212,18 +214,6 @@ def section(cls: type[Section], config: ConfigDict, path: str) -> Section:
         return cls(**{k: _plain(v) for k, v in values.items()})
     except FieldError as error:
         raise UserError(f"config.{path}.{error.field}: {error.message}") from error
-
-
-def _check_numbers(value: Any, field: str) -> None:
-    """Refuse what no quantity is: nan, infinities, and what would not fit the integers of an array."""
-    if isinstance(value, ConfigDict):
-        for key in value:
-            _check_numbers(value[key], f"{field}.{key}")
-    elif isinstance(value, (tuple, list)):
-        for part in value:
-            _check_numbers(part, field)
-    elif isinstance(value, (int, float)):
-        require(abs(value) < LARGEST, field, value, "a finite number, below 2^63")
 
 
 def _plain(value: Any) -> Any:

@@ -37,6 +37,9 @@ class GenerateConfig:
         require(self.beams == 1 or self.temperature == 0, "beams", self.beams, "1 where temperature is not 0")
         for field in ("temperature", "top_k", "seed"):
             require(getattr(self, field) >= 0, field, getattr(self, field), "0 or more")
+        # Logits divided by less are beyond float32.
+        good = self.temperature == 0 or self.temperature >= 1e-6
+        require(good, "temperature", self.temperature, "0 (greedy), or 1e-6 or more")
         require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
         if self.temperature == 0 and (self.top_k or self.top_p < 1):
             raise FieldError(

@@ -26,8 +26,10 @@ class Probe(Task, abc.ABC):
     heldout_rows: int = 1_000
 
     def __post_init__(self) -> None:
-        for field in ("train_rows", "heldout_rows"):
-            require(getattr(self, field) >= 1, field, getattr(self, field), "1 or more")
+        # Held-out rows lie in memory; rows of train are only numbered, for a shuffle of 31 bits.
+        for field, most in (("train_rows", 2**31 - 1), ("heldout_rows", 10**6)):
+            value = getattr(self, field)
+            require(1 <= value <= most, field, value, f"from 1 to {most:,}")
 
     @property
     @abc.abstractmethod
