@@ -41,6 +41,7 @@ def windows(x_BTR: jax.Array, seq: Seq, width: int, past: Past | None) -> tuple[
       past: of W tokens; None is an empty one.
     """
     batch, time, features = x_BTR.shape
+    fresh = past is None
     past = empty_past(batch, width - 1, features, x_BTR.dtype) if past is None else past
     token = jnp.concatenate([past.token_BWR.astype(x_BTR.dtype), zero_padding(x_BTR, seq)], axis=1)
     segment = jnp.concatenate([past.segment_BW, seq.segment_BT], axis=1)
@@ -56,9 +57,15 @@ def windows(x_BTR: jax.Array, seq: Seq, width: int, past: Past | None) -> tuple[
 
     found, index = [token[:, width - 1 :]], before[:, width - 1 : -1]
     end, newest = before[:, -1:], []
-    for _ in range(width - 1):
-        same = (take(segment, index) == seq.segment_BT) & (seq.segment_BT > 0)
-        found.append(jnp.where(same[..., None], take(token, index), jnp.zeros((), token.dtype)))
+    for back in range(1, width):
+        if fresh:
+            # Tokens of a segment stand side by side: no search, and of rows that are split in time
+            # neighbours need these few alone.
+            before_BTR, of_BT = (x[:, width - 1 - back : -back] for x in (token, segment))
+        else:
+            before_BTR, of_BT = take(token, index), take(segment, index)
+        same = (of_BT == seq.segment_BT) & (seq.segment_BT > 0)
+        found.append(jnp.where(same[..., None], before_BTR, jnp.zeros((), token.dtype)))
         newest.append(end)
         index, end = (jnp.where(i >= 0, take(before, jnp.maximum(i, 0)), -1) for i in (index, end))
     last = jnp.concatenate(newest[::-1], axis=1) if newest else jnp.zeros((batch, 0), jnp.int32)
