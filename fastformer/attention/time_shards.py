@@ -95,17 +95,23 @@ def by_shard(
     """Return ``fn(*args)``, run by every device on its shards: what the compiler cannot split by itself.
 
     Args:
-      letters: of each argument's axes, None for one that is None; "." is an axis that all see whole.
+      letters: of each argument's axes; "." is an axis that all see whole, as is one of size 1.
       out: the same of each result, whose axes are split as those of the arguments are.
     """
     sizes: dict[str, int] = {}
     for spelt, x in zip(letters, args, strict=True):
-        sizes |= dict(zip(spelt, x.shape, strict=True)) if x is not None else {}
+        for letter, size in zip(spelt, x.shape, strict=True):
+            sizes[letter] = max(size, sizes.get(letter, 1))
 
-    def spec(spelt: str) -> PartitionSpec:
-        return PartitionSpec(*(axes or None for axes in layout(spelt, tuple(sizes.get(c, 1) for c in spelt))))
+    def spec(spelt: str, whole: tuple[int, ...] = ()) -> PartitionSpec:
+        spelt = "".join("." if axis in whole else letter for axis, letter in enumerate(spelt))
+        axes = layout(spelt, tuple(sizes.get(letter, 1) for letter in spelt))
+        return PartitionSpec(*(names or None for names in axes))
 
-    given = tuple(None if x is None else spec(spelt) for spelt, x in zip(letters, args))
+    given = tuple(
+        spec(spelt, tuple(axis for axis, size in enumerate(x.shape) if size == 1))
+        for spelt, x in zip(letters, args)
+    )
+    # The laws check the results; a check of what varies over which axes would need casts in every scan.
     outs = tuple(spec(spelt) for spelt in out)
-    # Every result is checked by the laws; the check of varying axes would need casts in all scans.
     return jax.shard_map(fn, in_specs=given, out_specs=outs, check_vma=False)(*args)
