@@ -90,13 +90,18 @@ def time_shards(batch: int, time: int) -> TimeShards | None:
 
 
 def by_shard(
-    fn: Callable[..., Any], letters: tuple[str, ...], out: tuple[str, ...], args: tuple[Any, ...]
+    fn: Callable[..., Any],
+    letters: tuple[str, ...],
+    out: tuple[str, ...],
+    args: tuple[Any, ...],
+    over: tuple[str, ...] = (),
 ) -> Any:
     """Return ``fn(*args)``, run by every device on its shards: what the compiler cannot split by itself.
 
     Args:
       letters: of each argument's axes; "." is an axis that all see whole, as is one of size 1.
       out: the same of each result, whose axes are split as those of the arguments are.
+      over: mesh axes that alone are split so, and the compiler splits the others; () is all.
     """
     sizes: dict[str, int] = {}
     for spelt, x in zip(letters, args, strict=True):
@@ -106,7 +111,7 @@ def by_shard(
     def spec(spelt: str, whole: tuple[int, ...] = ()) -> PartitionSpec:
         spelt = "".join("." if axis in whole else letter for axis, letter in enumerate(spelt))
         axes = layout(spelt, tuple(sizes.get(letter, 1) for letter in spelt))
-        return PartitionSpec(*(names or None for names in axes))
+        return PartitionSpec(*(names if names and (not over or names == over) else None for names in axes))
 
     given = tuple(
         spec(spelt, tuple(axis for axis, size in enumerate(x.shape) if size == 1))
@@ -114,4 +119,5 @@ def by_shard(
     )
     # The laws check the results; a check of what varies over which axes would need casts in every scan.
     outs = tuple(spec(spelt) for spelt in out)
-    return jax.shard_map(fn, in_specs=given, out_specs=outs, check_vma=False)(*args)
+    options = {"axis_names": set(over)} if over else {}
+    return jax.shard_map(fn, in_specs=given, out_specs=outs, check_vma=False, **options)(*args)
