@@ -129,6 +129,7 @@ def get_config() -> ConfigDict:
     c.mesh.data = -1  # copies of the model, each on its own rows
     c.mesh.fsdp = 1  # shards of the weights, gathered when used; rows are split over it too
     c.mesh.tensor = 1  # shards of heads, feed-forward neurons and vocabulary
+    c.mesh.sequence = 1  # shards of each row in time, for long rows; weights are split over it too
 
     c.distributed = ConfigDict()  # many processes, one configuration: these alone differ between them
     c.distributed.coordinator = ""  # host:port of process 0; auto asks TPU pods, Slurm, MPI; "" is alone
@@ -137,7 +138,9 @@ def get_config() -> ConfigDict:
 
     c.sharding = ConfigDict()  # which mesh axes each letter of the alphabet is split over
     c.sharding.B = ("data", "fsdp")
-    c.sharding.D = ("fsdp",)
+    c.sharding.T = ("sequence",)
+    c.sharding.S = ("sequence",)
+    c.sharding.D = ("fsdp", "sequence")  # of weights; activations have these axes in B and T
     c.sharding.H = ("tensor",)
     c.sharding.G = ("tensor",)
     c.sharding.F = ("tensor",)

@@ -106,7 +106,7 @@ def ahead(folder, **settings):
 @needs_libtpu
 def test_a_step_compiled_for_a_pod(tmp_path):
     found = compile_for(ahead(tmp_path), "v5e:2x2")
-    assert found["devices"] == 4 and found["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1}
+    assert found["devices"] == 4 and found["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1, "sequence": 1}
     # Embedding and matrices lie in quarters, norms and biases too: all have an axis D.
     assert found["bytes"]["parameters"] == found["parameters"] * 4 // 4
     assert (
@@ -122,7 +122,7 @@ def test_a_step_compiled_for_a_pod(tmp_path):
 def test_slices_hold_copies(tmp_path):
     _, devices, per_slice = devices_of("2*v5e:2x2")
     mesh = make_mesh(MeshConfig(2, -1, 1), devices)
-    assert per_slice == 4 and mesh.shape == {"data": 2, "fsdp": 4, "tensor": 1}
+    assert per_slice == 4 and mesh.shape == {"data": 2, "fsdp": 4, "tensor": 1, "sequence": 1}
     for copy in mesh.devices:
         assert len({device.slice_index for device in copy.flat}) == 1
     with pytest.raises(UserError, match="config.mesh.data: 1 is no multiple of the 2 slices"):

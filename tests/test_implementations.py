@@ -63,10 +63,21 @@ def packed():
 
 
 @pytest.mark.parametrize(
-    "mask, bend", [(Mask(), Bend()), (Mask(True, 70), Bend(soft_cap=2.0)), (Mask(False, 70), Bend())]
+    "mask, bend, shards",
+    [
+        (Mask(), Bend(), 1),
+        (Mask(True, 70), Bend(soft_cap=2.0), 1),
+        (Mask(False, 70), Bend(), 1),
+        (Mask(), Bend(soft_cap=2.0), 2),  # a ring
+        (Mask(False), Bend(), 2),
+        (Mask(True, 70), Bend(), 2),  # what a window reaches is handed over
+    ],
 )
-def test_the_tpu_kernel_is_the_reference(monkeypatch, mask, bend):
-    """Values and gradients of the Pallas kernel, interpreted on CPU, on packed rows with padding."""
+def test_the_tpu_kernel_is_the_reference(monkeypatch, mask, bend, shards):
+    """Values and gradients of the Pallas kernel, interpreted on CPU, on packed rows with padding.
+
+    Time is whole, or split over devices.
+    """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 
     interpreted = functools.partial(splash.make_splash_mha, interpret=True)
@@ -89,21 +100,26 @@ def test_the_tpu_kernel_is_the_reference(monkeypatch, mask, bend):
         return jax.value_and_grad(lambda *a: jnp.sum(attend(*a) * weight), (0, 1, 2))(q, k, v)
 
     assert choose(Case("tpu", q.dtype, q.shape, k.shape, v.shape, mask, bend, 0)) == "pallas"
-    for a, b in zip(jax.tree.leaves(pull(fast)), jax.tree.leaves(pull(slow)), strict=True):
+    grid = mesh.make_mesh(mesh.MeshConfig(1, 1, 1, shards), jax.devices()[:shards])
+    with mesh.use(grid, mesh.rules({"T": ("sequence",)})):
+        got = jax.jit(lambda: pull(fast))()
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(pull(slow)), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-4, rtol=2e-4)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="pip install libtpu")
-@pytest.mark.parametrize("name", ["softmax", "local"])
-def test_compiles_for_a_tpu_ahead_of_time(monkeypatch, name):
-    """Forward and backward for a v5e slice that is not here, split over rows and heads: kernels are in it."""
+@pytest.mark.parametrize("name, axes", [("local", (2, 2, 1)), ("softmax", (1, 2, 2)), ("local", (1, 2, 2))])
+def test_compiles_for_a_tpu_ahead_of_time(monkeypatch, name, axes):
+    """Forward and backward for a v5e slice that is not here, split over rows, heads and time: kernels."""
     from jax.experimental import topologies
 
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # other test processes compile beside this one
     devices = topologies.get_topology_desc("v5e:2x2", "tpu").devices
-    grid = mesh.make_mesh(mesh.MeshConfig(data=2, fsdp=1, tensor=2), devices)
-    rules = mesh.rules({"B": ("data", "fsdp"), "H": ("tensor",), "G": ("tensor",)})
+    data, tensor, sequence = axes
+    grid = mesh.make_mesh(mesh.MeshConfig(data, 1, tensor, sequence), devices)
+    letters = {"B": ("data", "fsdp"), "H": ("tensor",), "G": ("tensor",)}
+    rules = mesh.rules(letters | dict.fromkeys("TS", ("sequence",)))
     mixer = make(name, {}, {"heads": 4, "kv_heads": 2, "head_width": 64, "dtype": jnp.bfloat16})
     x = jax.ShapeDtypeStruct((2, 1024, 256), jnp.bfloat16)
     seq = jax.eval_shape(lambda: whole(2, 1024))
@@ -117,7 +133,10 @@ def test_compiles_for_a_tpu_ahead_of_time(monkeypatch, name):
         place = [jax.NamedSharding(grid, jax.P()), row, row]
         step = jax.jit(jax.grad(loss), in_shardings=place)
         compiled = step.lower(params, x, seq).compile()
-    assert compiled.as_text().count("tpu_custom_call") >= 3  # forward, dq, dk with dv
+    text = compiled.as_text()
+    # Forward, dq, dk with dv; in a ring of a shard's own keys and of those of others.
+    assert text.count("tpu_custom_call") >= (6 if name == "softmax" else 3)
+    assert ("collective-permute" in text) == (sequence > 1)
 
 
 def test_lowers_to_cudnn(monkeypatch):

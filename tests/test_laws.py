@@ -315,13 +315,18 @@ def test_eight_devices_are_one(name):
 
     x, seq = inputs(4, 70), whole(4, 70)
     want = np.concatenate([apply(name, half, whole(2, 70))[0] for half in (x[:2], x[2:])])
-    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    if VARIANTS[name].context_parallel:
+        mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2, sequence=2))
+    else:
+        mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     letters = {"B": ("data", "fsdp"), "D": ("fsdp",), "H": ("tensor",), "G": ("tensor",)}
+    letters |= dict.fromkeys("TS", ("sequence",))
     with use(mesh, rules(letters)):
         step = jax.jit(lambda variables, x, seq: mixer(name).apply(variables, x, seq)[0])
         lowered = step.lower(params(name), x, seq)
         got = step(params(name), x, seq)
     assert lowered.as_text().count("sharding_constraint") >= 5
+    assert ("collective_permute" in lowered.as_text()) == VARIANTS[name].context_parallel
     close(got, want)
 
 

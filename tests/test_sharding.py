@@ -93,7 +93,7 @@ def test_the_program_holds_the_constraints(outcomes):
     [
         ({"mesh.data": "8", "train.batch": "12"}, "config.train.batch: 12 does not split over the 8 devices"),
         ({"mesh.data": "4", "mesh.tensor": "2"}, "config.sharding.V .*: 257 does not split"),
-        ({"mesh.data": "3"}, "config.mesh: data 3 x fsdp 1 x tensor 1 is not the 8 devices"),
+        ({"mesh.data": "3"}, "config.mesh: data 3 x fsdp 1 x tensor 1 x sequence 1 is not the 8"),
         ({"evaluate.batch": "4"}, "config.evaluate.batch: 4 does not split"),
         ({"mesh.data": "1", "mesh.tensor": "8", "sharding.V": "()"}, "config.model.heads: 2 does not split"),
     ],

@@ -41,15 +41,13 @@ def attend(
     k_seq: Seq,
     mask: Mask = Mask(),
     bend: Bend = Bend(),
-    *,
-    past: int | None = 0,
-    block: int = BLOCK,
+    **options,
 ) -> jax.Array:
     """Return ``softmax(q k^T / sqrt(K)) v``, [B, T, H, P] in the dtype of ``v``.
 
     The arguments are those of ``attend_part``.
     """
-    y_BTHP, _ = attend_part(q_BTHK, k_BSGK, v_BSGP, q_seq, k_seq, mask, bend, past=past, block=block)
+    y_BTHP, _ = attend_part(q_BTHK, k_BSGK, v_BSGP, q_seq, k_seq, mask, bend, **options)
     return y_BTHP.astype(v_BSGP.dtype)
 
 
@@ -65,6 +63,7 @@ def attend_part(
     past: int | None = 0,
     block: int = BLOCK,
     fades: tuple[Fade, Fade] | None = None,
+    ordered: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Return ``(y_BTHP, log_BTH)`` float32: the attention to these keys, and the log of its total weight.
 
@@ -75,42 +74,99 @@ def attend_part(
         queries do not share a timeline (cross-attention).
       block: tokens in a block.
       fades: of queries [B, T, H] and of keys [B, S, H]; their difference is added to the scores.
+      ordered: those ``past`` keys are the tokens just before the first query, in order.
     """
-    batch, time, heads, _ = q_BTHK.shape
-    groups = k_BSGK.shape[2]
-    share = heads // groups
-    block = min(block, max(time, k_BSGK.shape[1]))
-    q_BTHK, k_BSGK, v_BSGP = (
-        zero_padding(x, s) for x, s in ((q_BTHK, q_seq), (k_BSGK, k_seq), (v_BSGP, k_seq))
-    )
-    q_NBGRK = _to_blocks(q_BTHK.reshape(batch, time, groups, share, -1), block)
-    # Rows of one product: the queries of a block, for each of the heads that share the keys.
-    q_NBGRK = q_NBGRK.transpose(0, 1, 3, 4, 2, 5).reshape(-1, batch, groups, share * block, q_BTHK.shape[-1])
-    k_NBGCK, v_NBGCP = (_to_blocks(x, block).transpose(0, 1, 3, 2, 4) for x in (k_BSGK, v_BSGP))
-    q_where, k_where = (Seq(*(_to_blocks(x, block) for x in s)) for s in (q_seq, k_seq))
-    plan = Plan(_pairs(len(q_NBGRK), len(k_NBGCK), block, mask, past), mask, bend, share)
+    seqs, sizes = (q_seq, k_seq), _Sizes.of(q_BTHK, k_BSGK, block)
+    plan, blocks = _lay_out(sizes, (q_BTHK, k_BSGK, v_BSGP), seqs, mask, bend, past, ordered)
     if fades is not None:
-        clean = (Fade(*(zero_padding(x, s) for x in fade)) for fade, s in zip(fades, (q_seq, k_seq)))
-        fades = tuple(jax.tree.map(lambda x: _heads_first(_to_blocks(x, block), groups), f) for f in clean)
-    y_NBGRP, log_NBGR = _attend(plan, q_NBGRK, k_NBGCK, v_NBGCP, (q_where, k_where), fades)
-
-    def to_time(x: jax.Array) -> jax.Array:
-        x = x.reshape(*x.shape[:3], share, block, -1).transpose(1, 0, 4, 2, 3, 5)
-        return x.reshape(batch, -1, heads, x.shape[-1])[:, :time]
-
-    log_BTH = to_time(log_NBGR[..., None])[..., 0]
-    return to_time(y_NBGRP), jnp.where(log_BTH < jnp.inf, log_BTH, -jnp.inf)
+        clean = (Fade(*(zero_padding(x, s) for x in fade)) for fade, s in zip(fades, seqs))
+        groups = sizes.groups
+        fades = tuple(
+            jax.tree.map(lambda x: _heads_first(_to_blocks(x, sizes.block), groups), f) for f in clean
+        )
+    y_NBGRP, log_NBGR = _attend(plan, *blocks, fades)
+    log_BTH = sizes.to_time(log_NBGR[..., None])[..., 0]
+    return sizes.to_time(y_NBGRP), jnp.where(log_BTH < jnp.inf, log_BTH, -jnp.inf)
 
 
-def _pairs(queries: int, keys: int, block: int, mask: Mask, past: int | None) -> tuple[tuple[int, int], ...]:
+def part_gradients(
+    qkv: tuple[jax.Array, jax.Array, jax.Array],
+    seqs: tuple[Seq, Seq],
+    mask: Mask,
+    bend: Bend,
+    found: tuple[jax.Array, jax.Array],
+    cotangents: tuple[jax.Array, jax.Array],
+    *,
+    past: int | None = 0,
+    block: int = BLOCK,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return what these keys give to the gradients of q, k and v, float32, where they are some of many.
+
+    Args:
+      found: ``(y_BTHP, log_BTH)`` of the attention to all keys, joined.
+      cotangents: of those two.
+    """
+    q_BTHK, k_BSGK, _ = qkv
+    sizes = _Sizes.of(q_BTHK, k_BSGK, block)
+    plan, blocks = _lay_out(sizes, qkv, seqs, mask, bend, past, False)
+    log_BTH = jnp.where(found[1] > -jnp.inf, found[1], jnp.inf)
+    y, dy = (sizes.to_rows(x) for x in (found[0], cotangents[0]))
+    log, dlog = (sizes.to_rows(x[..., None])[..., 0] for x in (log_BTH, cotangents[1]))
+    (dq, dk, dv), _ = _gradients(plan, (*blocks, None, y, log), (dy, dlog))
+    dk, dv = (jnp.moveaxis(x, 0, 1).swapaxes(2, 3) for x in (dk, dv))
+    dk, dv = (x.reshape(x.shape[0], -1, *x.shape[3:])[:, : k_BSGK.shape[1]] for x in (dk, dv))
+    clean = zip((sizes.to_time(dq), dk, dv), (seqs[0], seqs[1], seqs[1]))
+    return tuple(zero_padding(x, seq) for x, seq in clean)
+
+
+class _Sizes(NamedTuple):
+    """How queries lie in blocks: a block's rows are its queries, for each of the M heads that share keys."""
+
+    batch: int
+    time: int
+    groups: int
+    share: int
+    block: int
+
+    @classmethod
+    def of(cls, q_BTHK: jax.Array, k_BSGK: jax.Array, block: int) -> _Sizes:
+        batch, time, heads, _ = q_BTHK.shape
+        keys, groups = k_BSGK.shape[1:3]
+        return cls(batch, time, groups, heads // groups, min(block, max(time, keys)))
+
+    def to_rows(self, x_BTHK: jax.Array) -> jax.Array:
+        """Return ``x_NBGRK``, R = M C rows."""
+        x = _to_blocks(x_BTHK.reshape(self.batch, self.time, self.groups, self.share, -1), self.block)
+        rows = (self.batch, self.groups, self.share * self.block)
+        return x.transpose(0, 1, 3, 4, 2, 5).reshape(-1, *rows, x_BTHK.shape[-1])
+
+    def to_time(self, x_NBGRK: jax.Array) -> jax.Array:
+        """Return ``x_BTHK``."""
+        x = x_NBGRK.reshape(*x_NBGRK.shape[:3], self.share, self.block, -1).transpose(1, 0, 4, 2, 3, 5)
+        return x.reshape(self.batch, -1, self.groups * self.share, x.shape[-1])[:, : self.time]
+
+
+def _lay_out(sizes: _Sizes, qkv, seqs: tuple[Seq, Seq], mask: Mask, bend: Bend, past, ordered: bool):
+    """Return the plan, and q, k, v and both Seqs in blocks, clean at padding."""
+    q_BTHK, k_BSGK, v_BSGP = (zero_padding(x, s) for x, s in zip(qkv, (seqs[0], seqs[1], seqs[1])))
+    q_NBGRK = sizes.to_rows(q_BTHK)
+    k_NBGCK, v_NBGCP = (_to_blocks(x, sizes.block).transpose(0, 1, 3, 2, 4) for x in (k_BSGK, v_BSGP))
+    where = tuple(Seq(*(_to_blocks(x, sizes.block) for x in s)) for s in seqs)
+    pairs = _pairs(len(q_NBGRK), len(k_NBGCK), sizes.block, mask, past, ordered)
+    return Plan(pairs, mask, bend, sizes.share), (q_NBGRK, k_NBGCK, v_NBGCP, where)
+
+
+def _pairs(
+    queries: int, keys: int, block: int, mask: Mask, past: int | None, ordered: bool
+) -> tuple[tuple[int, int], ...]:
     first_q, first_k = np.arange(queries) * block, np.arange(keys) * block
     if past is None:
         seen = np.ones((queries, keys), bool)
     else:
         seen = mask.blocks(first_q, first_k - past, block)
-        # The past is in any order (a ring): its blocks are seen by every query within reach of its end.
-        reach = (first_q < mask.window) if mask.window else np.ones(queries, bool)
-        seen |= reach[:, None] & (first_k < past)[None, :]
+        if not ordered:  # a ring: its blocks are seen by every query within reach of its end
+            reach = (first_q < mask.window) if mask.window else np.ones(queries, bool)
+            seen |= reach[:, None] & (first_k < past)[None, :]
     return tuple((int(i), int(j)) for i, j in np.argwhere(seen))
 
 
@@ -210,6 +266,14 @@ def _forward(plan, q_NBGRK, k_NBGCK, v_NBGCP, seqs, fades):
 
 
 def _backward(plan, saved, cotangents):
+    gradients, dfades = _gradients(plan, saved, cotangents)
+    dq, dk, dv = (d.astype(x.dtype) for d, x in zip(gradients, saved))
+    if dfades is not None:
+        dfades = tuple(Fade(jnp.zeros_like(d), d) for d in dfades)
+    return dq, dk, dv, None, dfades
+
+
+def _gradients(plan, saved, cotangents):
     q_NBGRK, k_NBGCK, v_NBGCP, seqs, fades, y_NBGRP, log_total_NBGR = saved
     dy_NBGRP, dlog_NBGR = cotangents
     inner_NBGR = jnp.sum(dy_NBGRP * y_NBGRP, axis=-1) - dlog_NBGR
@@ -246,9 +310,7 @@ def _backward(plan, saved, cotangents):
     start = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q_NBGRK, k_NBGCK, v_NBGCP))
     none = None if fades is None else tuple(jnp.zeros_like(fade.fine_BTH) for fade in fades)
     (dq, dk, dv, dfades), _ = jax.lax.scan(visit, (*start, none), _pair_arrays(plan))
-    if fades is not None:
-        dfades = tuple(Fade(jnp.zeros_like(d), d) for d in dfades)
-    return dq.astype(q_NBGRK.dtype), dk.astype(k_NBGCK.dtype), dv.astype(dtype), None, dfades
+    return (dq, dk, dv), dfades
 
 
 _attend.defvjp(_forward, _backward)

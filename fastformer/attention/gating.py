@@ -21,6 +21,7 @@ class Recurrent(Mixer):
 
     causal: ClassVar[bool] = True
     streaming: ClassVar[bool] = True
+    context_parallel: ClassVar[bool] = True
     rotary: ClassVar[bool] = False
     order: ClassVar[str] = "T"
 

@@ -6,32 +6,31 @@ so that distances of indices are distances of positions, and no mask of T x S is
 
 from __future__ import annotations
 
-import math
+import functools
 import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
-from fastformer.attention import blocked
+from fastformer.attention import blocked, splash
+from fastformer.attention.ring import Part, ring, with_halo
 from fastformer.attention.scores import Bend, Mask
+from fastformer.attention.splash import LANES
+from fastformer.attention.time_shards import TimeShards, by_shard, time_shards
 from fastformer.core.errors import lookup
-from fastformer.core.layers import zero_padding
-from fastformer.core.mesh import platform
+from fastformer.core.mesh import layout, platform
 from fastformer.core.seq import Seq
-
-LANES = 128  # of a TPU's vector registers: what the kernels' blocks and head widths are multiples of
 
 
 class Case(NamedTuple):
     """What is known of a call before it runs.
 
     Attributes:
-      q, k, v: shapes [B, T, H, K], [B, S, G, K] and [B, S, G, P].
+      q, k, v: shapes [B, T, H, K], [B, S, G, K] and [B, S, G, P], where time is split of a shard.
       past: as in blocked.attend.
+      split: time is split over devices.
     """
 
     platform: str
@@ -42,6 +41,7 @@ class Case(NamedTuple):
     mask: Mask
     bend: Bend
     past: int | None
+    split: bool = False
 
 
 class Implementation(NamedTuple):
@@ -49,11 +49,14 @@ class Implementation(NamedTuple):
 
     Attributes:
       refuse: why it cannot serve a case; "" when it can.
-      run: ``(q, k, v, q_seq, k_seq, case) -> y_BTHP``.
+      run: ``(q, k, v, q_seq, k_seq, case) -> y_BTHP``; of a split case on one device, and the keys are those
+        that a window reaches, ``past`` of them before the queries.
+      part: ``case -> ring.Part``, attention to some of the keys on one device; None where it is not known.
     """
 
     refuse: Callable[[Case], str]
     run: Callable[..., jax.Array]
+    part: Callable[[Case], Part] | None = None
 
 
 def attend(
@@ -69,16 +72,72 @@ def attend(
 ) -> jax.Array:
     """Return ``softmax(q k^T / sqrt(K)) v``, [B, T, H, P] in the dtype of ``v``, by the first that serves.
 
+    Rows whose time is split over devices are attended to by ring.ring, or with a window by what their
+    neighbours hand over.
+
     Args:
       seqs: of queries and of keys.
       past: as in blocked.attend.
       implementation: "auto", or the row of IMPLEMENTATIONS to try before the others; a warning says
         why it could not serve.
     """
+    split = time_shards(*q_BTHK.shape[:2])
+    if split and not past:
+        options = {"past": past, "implementation": implementation, "split": split}
+        return attend_split(q_BTHK, k_BSGK, v_BSGP, seqs, mask, bend, **options)[0].astype(v_BSGP.dtype)
     shapes = (q_BTHK.shape, k_BSGK.shape, v_BSGP.shape)
     case = Case(platform(), jnp.dtype(v_BSGP.dtype), *shapes, mask, bend, past)
     name = choose(case, implementation)
     return IMPLEMENTATIONS[name].run(q_BTHK, k_BSGK, v_BSGP, *seqs, case)
+
+
+def attend_split(
+    q_BTHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGP: jax.Array,
+    seqs: tuple[Seq, Seq],
+    mask: Mask,
+    bend: Bend,
+    *,
+    split: TimeShards,
+    past: int | None = 0,
+    implementation: str = "auto",
+) -> tuple[jax.Array, jax.Array | None]:
+    """Return ``(y_BTHP, log_BTH)`` of rows whose time is split, as attend_part has them.
+
+    With a window only blocked XLA knows the log; it is None of the others.
+
+    Args:
+      past: None in cross-attention: each device sees all of the keys; 0 otherwise.
+    """
+    heads, groups, time = "H", "G", "." if past is None else "T"
+    if bend.slopes and layout("H", q_BTHK.shape[2:3])[0]:
+        heads = groups = "."  # slopes are known of all heads, before a device knows which it has
+    elif layout("H", q_BTHK.shape[2:3]) != layout("G", k_BSGK.shape[2:3]):
+        groups = "H"  # query heads of a device would share keys that are not there
+        k_BSGK, v_BSGP = (jnp.repeat(x, q_BTHK.shape[2] // x.shape[2], axis=2) for x in (k_BSGK, v_BSGP))
+    no_log = []
+
+    def local(q, k, v, *of_tokens):
+        seq, k_seq, before = Seq(*of_tokens[:2]), Seq(*of_tokens[2:]), past
+        if mask.window:
+            multiple = LANES if platform() == "tpu" else 1
+            k, v, k_seq, before = with_halo(split, mask, k, v, k_seq, multiple)
+        shapes = (q.shape, k.shape, v.shape)
+        case = Case(platform(), jnp.dtype(v.dtype), *shapes, mask, bend, before, split=True)
+        name = choose(case, implementation)
+        if not mask.window and past == 0:
+            return ring(IMPLEMENTATIONS[name].part(case), split, mask, q, k, v, seq)
+        if name == "xla":
+            return blocked.attend_part(q, k, v, seq, k_seq, mask, bend, past=before, ordered=True)
+        no_log.append(name)
+        return IMPLEMENTATIONS[name].run(q, k, v, seq, k_seq, case), jnp.zeros(q.shape[:3])
+
+    args = (q_BTHK, k_BSGK, v_BSGP, *seqs[0], *seqs[1])
+    of_keys = (f"B{time}{groups}K", f"B{time}{groups}P")
+    letters = (f"BT{heads}K", *of_keys, "BT", "BT", f"B{time}", f"B{time}")
+    y_BTHP, log_BTH = by_shard(local, letters, (f"BT{heads}P", f"BT{heads}"), args)
+    return y_BTHP, None if no_log else log_BTH
 
 
 def choose(case: Case, implementation: str = "auto") -> str:
@@ -98,6 +157,23 @@ def _run_xla(q_BTHK, k_BSGK, v_BSGP, q_seq: Seq, k_seq: Seq, case: Case) -> jax.
     return blocked.attend(q_BTHK, k_BSGK, v_BSGP, q_seq, k_seq, case.mask, case.bend, past=case.past)
 
 
+def _part_xla(case: Case) -> Part:
+    return Part(functools.partial(_some_xla, case.bend), functools.partial(_some_xla_back, case.bend))
+
+
+def _some_xla(bend: Bend, q, k, v, seqs, mask: Mask):
+    return blocked.attend_part(q, k, v, *seqs, mask, bend, past=_past(mask))
+
+
+def _some_xla_back(bend: Bend, qkv, seqs, mask: Mask, found, cotangents):
+    return blocked.part_gradients(qkv, seqs, mask, bend, found, cotangents, past=_past(mask))
+
+
+def _past(mask: Mask) -> int | None:
+    """Return 0 for a shard's own keys; None for those of another, whose indices are not its own."""
+    return 0 if mask.causal else None
+
+
 # cuDNN's flash attention on GPU.
 
 
@@ -109,6 +185,8 @@ def _refuse_cudnn(case: Case) -> str:
         return f"cuDNN's flash attention takes bfloat16 or float16, not {case.dtype}"
     if width % 8 or width > 128 or case.v[-1] != width:
         return f"cuDNN's flash attention takes head widths of 8, 16, … 128, not {width} and {case.v[-1]}"
+    if case.split:
+        return "cuDNN's flash attention here is of rows that are whole in time"
     if case.bend != Bend():
         return "cuDNN's flash attention here has no soft cap and no ALiBi"
     if case.past != 0 or case.q[1] != case.k[1]:
@@ -149,61 +227,30 @@ def _refuse_pallas(case: Case) -> str:
         return f"the Pallas kernels take lengths that {LANES} divides, not {case.q[1]} and {case.k[1]}"
     if case.bend.slopes:
         return "the Pallas kernels have no ALiBi"
-    if case.past != 0:
+    if case.past != 0 and not (case.split and case.mask.window):
         return "the Pallas kernels here are self-attention of whole sequences"
     return ""
 
 
 def _run_pallas(q_BTHK, k_BSGK, v_BSGP, q_seq: Seq, k_seq: Seq, case: Case) -> jax.Array:
-    share = case.q[2] // case.k[2]
-    scale = 1.0 / math.sqrt(case.q[-1])
-    k_BSHK, v_BSHP = (jnp.repeat(zero_padding(x, k_seq), share, axis=2) for x in (k_BSGK, v_BSGP))
-    q_BTHK = zero_padding(q_BTHK, q_seq) * jnp.asarray(scale, q_BTHK.dtype)
-    q_BHTK, k_BHSK, v_BHSP = (_lanes(x).transpose(0, 2, 1, 3) for x in (q_BTHK, k_BSHK, v_BSHP))
-    heads, batch = nn.logical_to_mesh_axes(("H",)), nn.logical_to_mesh_axes(("B",))
-    by_head, by_row = PartitionSpec(*batch, *heads, None, None), PartitionSpec(*batch, None)
+    def local(q, k, v, q_segment, q_position, k_segment, k_position):
+        seqs = (Seq(q_segment, q_position), Seq(k_segment, k_position))
+        return (splash.attend(q, k, v, seqs, case.mask, case.bend.soft_cap, case.past),)
 
-    def local(q, k, v, q_segment, k_segment):
-        from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
-
-        kernel = _splash(q.shape[1], q.shape[2], k.shape[2], case.mask, case.bend.soft_cap)
-        return jax.vmap(kernel)(q, k, v, SegmentIds(q_segment, k_segment))
-
-    args = (q_BHTK, k_BHSK, v_BHSP, q_seq.segment_BT, k_seq.segment_BT)
-    if not jax.sharding.get_abstract_mesh().empty:
-        # A Pallas call cannot be split by the compiler: each device gets its own rows and heads.
-        specs = (by_head, by_head, by_head, by_row, by_row)
-        local = jax.shard_map(local, in_specs=specs, out_specs=by_head, check_vma=False)
-    y_BHTP = local(*args)
-    return y_BHTP.transpose(0, 2, 1, 3)[..., : case.v[-1]].astype(case.dtype)
-
-
-def _lanes(x: jax.Array) -> jax.Array:
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % LANES)])
-
-
-def _splash(heads: int, time: int, keys: int, mask: Mask, soft_cap: float) -> Callable[..., jax.Array]:
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-
-    reach = mask.window - 1 if mask.window else None
-    one = masks.LocalMask((time, keys), (reach, 0 if mask.causal else reach), offset=0)
-    if reach is None and not mask.causal:
-        one = masks.FullMask((time, keys))
-    block = max(size for size in (512, 256, 128) if time % size == 0 and keys % size == 0)
-    sizes = {f"block_{name}": block for name in ("q", "kv", "kv_compute", "q_dkv", "kv_dkv")}
-    sizes |= {f"block_{name}": block for name in ("kv_dkv_compute", "q_dq", "kv_dq")}
-    return splash.make_splash_mha(
-        masks.MultiHeadMask([one] * heads),
-        block_sizes=splash.BlockSizes(**sizes),
-        head_shards=1,
-        q_seq_shards=1,
-        attn_logits_soft_cap=soft_cap or None,
-    )
+    args = (q_BTHK, k_BSGK, v_BSGP, *q_seq, *k_seq)
+    if case.split or jax.sharding.get_abstract_mesh().empty:
+        return local(*args)[0]
+    if layout("H", case.q[2:3]) != layout("G", case.k[2:3]):  # each head with keys of its own
+        k_BSHK, v_BSHP = (jnp.repeat(x, case.q[2] // case.k[2], axis=2) for x in (k_BSGK, v_BSGP))
+        args, kv = (q_BTHK, k_BSHK, v_BSHP, *q_seq, *k_seq), ("B.HK", "B.HP")
+    else:
+        kv = ("B.GK", "B.GP")
+    # A Pallas call cannot be split by the compiler: each device gets its own rows and heads.
+    return by_shard(local, ("B.HK", *kv, "B.", "B.", "B.", "B."), ("B.HP",), args)[0]
 
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "cudnn": Implementation(_refuse_cudnn, _run_cudnn),
-    "pallas": Implementation(_refuse_pallas, _run_pallas),
-    "xla": Implementation(lambda case: "", _run_xla),
+    "pallas": Implementation(_refuse_pallas, _run_pallas, lambda case: splash.part(case.bend.soft_cap)),
+    "xla": Implementation(lambda case: "", _run_xla, _part_xla),
 }

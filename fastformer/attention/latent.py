@@ -129,6 +129,7 @@ class Latent(Mixer):
     bidirectional: ClassVar[bool] = True
     streaming: ClassVar[bool] = True
     scores: ClassVar[bool] = True
+    context_parallel: ClassVar[bool] = True
     kernels: ClassVar[bool] = True
     small: ClassVar[dict] = {"kv_rank": 12, "rope_width": 4, "query_rank": 16}
 

@@ -146,6 +146,7 @@ class Kernel(Mixer):
     causal: ClassVar[bool] = True
     bidirectional: ClassVar[bool] = True
     streaming: ClassVar[bool] = True
+    context_parallel: ClassVar[bool] = True
     order: ClassVar[str] = "T"
 
     @property

@@ -90,6 +90,7 @@ class Local(Mixer):
     bidirectional: ClassVar[bool] = True
     streaming: ClassVar[bool] = True
     scores: ClassVar[bool] = True
+    context_parallel: ClassVar[bool] = True
     kernels: ClassVar[bool] = True
     order: ClassVar[str] = "T"
     small: ClassVar[dict] = {"window": 16}

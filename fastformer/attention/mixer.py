@@ -78,6 +78,7 @@ class Mixer(nn.Module):
     rotary: ClassVar[bool] = True  # its queries and keys are rotated where positions are "rope"
     exact_keys: ClassVar[bool] = False  # projects keys in float32, for they become decays
     convolution: ClassVar[int] = 0  # short_conv as published
+    context_parallel: ClassVar[bool] = False  # rows may be split over devices in time
     kernels: ClassVar[bool] = False  # has rows of attention/implementations.py to choose from
     order: ClassVar[str] = "T^2"  # how training time grows: a row of ORDERS
     small: ClassVar[dict[str, Any]] = {}  # own fields at sizes for short sequences, as in tests

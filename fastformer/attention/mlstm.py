@@ -113,6 +113,7 @@ def forward(
       chunk: C, tokens in a chunk, on which the result does not depend; None is a good size.
     """
     groups, keys = k_BTGK.shape[2:]
+    past = None if state is None else state.memory
     if state is None:
         state = init_state(len(k_BTGK), 0, jnp.float32, heads=groups, widths=(keys, v_BTGP.shape[-1]))
     write, log_keep = (zero_padding(x.astype(jnp.float32), seq) for x in (input_BTG, log_forget_BTG))
@@ -126,7 +127,7 @@ def forward(
     v = jnp.pad(v_BTGP.astype(jnp.float32), [(0, 0)] * 3 + [(0, 1)], constant_values=1.0)
     # Nothing of before a segment is seen in it: there its decay is nothing to lose precision over.
     log_keep = jnp.where(fresh_BTG, 0.0, log_keep + (before_BTG - level_BTG))
-    y, memory = recur(Tokens(grouped(q, groups), k, v, log_keep[..., None]), seq, state.memory, chunk)
+    y, memory = recur(Tokens(grouped(q, groups), k, v, log_keep[..., None]), seq, past, chunk)
     least_BTH = jnp.repeat(jnp.exp(-level_BTG), q.shape[2] // groups, axis=2)
     divisor = jnp.maximum(jnp.abs(y[..., -1]), least_BTH) + EPSILON
     y_BTHP = y[..., :-1] / divisor[..., None]

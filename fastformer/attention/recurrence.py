@@ -18,6 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fastformer.attention.time_shards import TimeShards, by_shard, time_shards
 from fastformer.core.layers import zero_padding
 from fastformer.core.seq import Seq
 
@@ -71,13 +72,16 @@ def grouped(q_BTHK: jax.Array, groups: int) -> jax.Array:
 def recur(
     tokens: Tokens, seq: Seq, state: Memory | None = None, chunk: int | None = None
 ) -> tuple[jax.Array, Memory]:
-    """Return ``(y_BTHP, state)`` float32, in chunks.
+    """Return ``(y_BTHP, state)`` float32, in chunks; rows that are split in time pass their memory on.
 
     Args:
       state: of the past; None is an empty one.
       chunk: C, tokens in a chunk, on which the result does not depend; None is a good size.
     """
     tokens = _clean(tokens, seq)
+    split = time_shards(*seq.segment_BT.shape) if state is None else None
+    if split:
+        return _recur_split(tokens, seq, split, chunk)
     batch, time, groups, share, _ = tokens.q_BTGMK.shape
     width = tokens.v_BTGP.shape[-1]
     state = empty_memory(batch, groups, tokens.k_BTGK.shape[-1], width) if state is None else state
@@ -90,6 +94,67 @@ def recur(
     memory, y_NBCGMP = jax.lax.scan(jax.checkpoint(_chunk), state.memory_BGKP, chunks)
     y_BTHP = jnp.moveaxis(y_NBCGMP, 0, 1).reshape(batch, -1, groups * share, width)
     return y_BTHP[:, :time], Memory(memory, last_NB[-1])
+
+
+def _recur_split(
+    tokens: Tokens, seq: Seq, split: TimeShards, chunk: int | None
+) -> tuple[jax.Array, Memory]:
+    """Return what ``recur`` does, of rows whose time is split over devices.
+
+    What a shard does to the memory that comes in, M, is linear: it goes out as ``transfer M + end``, and
+    adds ``lead^T M`` to the outputs. All shards find the three at once, log2 S steps join ``transfer`` and
+    ``end`` of those before each, and one product adds what came in. Of decays alone, transfer and lead are
+    exponentials of their sums. A delta rule's transfer is a matrix, found by the recurrence itself with K
+    more columns of values: zeros that are written to a memory of ones on the diagonal, and whose outputs are
+    the lead. So it costs (P + K) / P of the products with values and memories.
+    """
+    kinds, leaves = jax.tree.structure(tokens), jax.tree.leaves(tokens)
+
+    def local(segment_BT: jax.Array, position_BT: jax.Array, *leaves: jax.Array) -> tuple[jax.Array, ...]:
+        tokens, seq = jax.tree.unflatten(kinds, leaves), Seq(segment_BT, position_BT)
+        before_B, last_B = split.segments(segment_BT)
+        transferred = _by_decay if tokens.read_BTGK is None else _by_matrix
+        y_BTGMP, lead_BTGMK, end, transfer = transferred(tokens, seq, before_B, chunk)
+        memory = split.passed(end, transfer, _through)
+        y_BTGMP += jnp.einsum("BTGMK,BGKP->BTGMP", lead_BTGMK, memory)
+        y_BTHP = y_BTGMP.reshape(*segment_BT.shape, -1, y_BTGMP.shape[-1])
+        return y_BTHP, split.of_last(end + _through(transfer, memory)), last_B
+
+    spelt = dict(zip(Tokens._fields, ("BTGMK", "BTGK", "BTGP", "BTGK", "BTGK", "BTGK")))
+    letters = tuple(spelt[name] for name, x in tokens._asdict().items() if x is not None)
+    y, memory, segment = by_shard(local, ("BT", "BT", *letters), ("BTGP", "BGKP", "B"), (*seq, *leaves))
+    return y, Memory(memory, segment)
+
+
+def _by_decay(tokens: Tokens, seq: Seq, before_B: jax.Array, chunk: int | None) -> tuple[jax.Array, ...]:
+    """Return ``(y_BTGMP, lead_BTGMK, end_BGKP, transfer_BGK)`` of tokens that only decay the memory."""
+    empty = empty_memory(len(before_B), *tokens.k_BTGK.shape[2:], tokens.v_BTGP.shape[-1])
+    y_BTHP, end = recur(tokens, seq, Memory(empty.memory_BGKP, before_B), chunk)
+    total_BTGK = jnp.cumsum(tokens.log_BTGK, axis=1)
+    past = (seq.segment_BT == before_B[:, None])[:, :, None, None]
+    lead_BTGMK = tokens.q_BTGMK * jnp.where(past, jnp.exp(total_BTGK), 0.0)[:, :, :, None]
+    kept = (end.segment_B == before_B)[:, None, None]
+    transfer_BGK = jnp.where(kept, jnp.exp(total_BTGK[:, -1]), 0.0)
+    return y_BTHP.reshape(*lead_BTGMK.shape[:-1], -1), lead_BTGMK, end.memory_BGKP, transfer_BGK
+
+
+def _by_matrix(tokens: Tokens, seq: Seq, before_B: jax.Array, chunk: int | None) -> tuple[jax.Array, ...]:
+    """Return ``(y_BTGMP, lead_BTGMK, end_BGKP, transfer_BGKR)`` of tokens that read the memory."""
+    groups, keys = tokens.k_BTGK.shape[2:]
+    wide = jnp.pad(tokens.v_BTGP, [(0, 0)] * 3 + [(0, keys)])
+    empty = jnp.zeros((len(before_B), groups, keys, tokens.v_BTGP.shape[-1]))
+    eye = jnp.broadcast_to(jnp.eye(keys), (len(before_B), groups, keys, keys))
+    start = Memory(jnp.concatenate([empty, eye], axis=-1), before_B)
+    y_BTHP, end = recur(tokens._replace(v_BTGP=wide), seq, start, chunk)
+    y_BTGMP, width = y_BTHP.reshape(*tokens.q_BTGMK.shape[:-1], -1), tokens.v_BTGP.shape[-1]
+    return *jnp.split(y_BTGMP, [width], axis=-1), *jnp.split(end.memory_BGKP, [width], axis=-1)
+
+
+def _through(transfer: jax.Array, memory: jax.Array) -> jax.Array:
+    """Return what a memory [B, G, K, P], or a transfer, is after a transfer: decays [B, G, K] or a matrix."""
+    if transfer.ndim == 4:
+        return jnp.einsum("BGKR,BGRP->BGKP", transfer, memory)
+    return transfer.reshape(*transfer.shape, *(1,) * (memory.ndim - 3)) * memory
 
 
 def _clean(tokens: Tokens, seq: Seq) -> Tokens:

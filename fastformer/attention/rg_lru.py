@@ -20,6 +20,7 @@ from fastformer.attention.gating import Recurrent
 from fastformer.attention.recurrence import to_chunks
 from fastformer.attention.segments import starts
 from fastformer.attention.short_conv import windows
+from fastformer.attention.time_shards import TimeShards, by_shard, time_shards
 from fastformer.core.alphabet import constrain
 from fastformer.core.layers import Linear, zero_padding
 from fastformer.core.seq import Seq
@@ -77,9 +78,22 @@ def forward(
     Args:
       chunk: C, tokens in a chunk, on which the result does not depend.
     """
-    batch, time, groups, width = x_BTGP.shape
+    split = time_shards(*x_BTGP.shape[:2]) if state is None else None
+    if split:
+        h_BTGP, state = _split(x_BTGP, log_BTGP, seq, split, chunk)
+        return h_BTGP.astype(x_BTGP.dtype), state
+    batch, _, groups, width = x_BTGP.shape
     state = init_state(batch, 0, jnp.float32, heads=groups, width=width) if state is None else state
     log, add, last_B = entering(x_BTGP, log_BTGP, seq, state.segment_B)
+    h_BTGP, h_BGP = _chunked(log, add, state.h_BGP, chunk)
+    return h_BTGP.astype(x_BTGP.dtype), LRUState(h_BGP, last_B)
+
+
+def _chunked(
+    log: jax.Array, add: jax.Array, h_BGP: jax.Array, chunk: int
+) -> tuple[jax.Array, jax.Array]:
+    """Return h after each token and after all, from what ``entering`` returns and h before them."""
+    batch, time, *sizes = add.shape
     chunk = min(chunk, time)
 
     def join(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -91,10 +105,26 @@ def forward(
         return h_BCGP[:, -1], h_BCGP
 
     # The zeros that fill the last chunk up are decays of 1: they leave h as it is.
-    chunks = (to_chunks(log, chunk), to_chunks(add, chunk))
-    h_BGP, h_NBCGP = jax.lax.scan(jax.checkpoint(take), state.h_BGP, chunks)
-    h_BTGP = jnp.moveaxis(h_NBCGP, 0, 1).reshape(batch, -1, groups, width)[:, :time]
-    return h_BTGP.astype(x_BTGP.dtype), LRUState(h_BGP, last_B)
+    h_BGP, h_NBCGP = jax.lax.scan(jax.checkpoint(take), h_BGP, (to_chunks(log, chunk), to_chunks(add, chunk)))
+    return jnp.moveaxis(h_NBCGP, 0, 1).reshape(batch, -1, *sizes)[:, :time], h_BGP
+
+
+def _split(
+    x_BTGP: jax.Array, log_BTGP: jax.Array, seq: Seq, split: TimeShards, chunk: int
+) -> tuple[jax.Array, LRUState]:
+    """Return what ``forward`` does, of rows whose time is split over devices: each passes its h on."""
+
+    def local(x_BTGP, log_BTGP, *seq):
+        before_B, last_B = split.segments(seq[0])
+        log, add, _ = entering(x_BTGP, log_BTGP, Seq(*seq), before_B)
+        h_BTGP, end_BGP = _chunked(log, add, jnp.zeros_like(add[:, 0]), chunk)
+        keep_BTGP = jnp.exp(jnp.cumsum(log, axis=1))
+        h_BTGP += keep_BTGP * split.passed(end_BGP, keep_BTGP[:, -1], jnp.multiply)[:, None]
+        return h_BTGP, split.of_last(h_BTGP[:, -1]), last_B
+
+    args = (x_BTGP, log_BTGP, *seq)
+    h_BTGP, *state = by_shard(local, ("BTGP", "BTGP", "BT", "BT"), ("BTGP", "BGP", "B"), args)
+    return h_BTGP, LRUState(*state)
 
 
 def init_state(batch: int, capacity: int, dtype: jnp.dtype, *, heads: int, width: int) -> LRUState:

@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from fastformer.attention.time_shards import by_shard, time_shards
 from fastformer.core.layers import zero_padding
 from fastformer.core.seq import Seq
 
@@ -40,10 +41,11 @@ def windows(x_BTR: jax.Array, seq: Seq, width: int, past: Past | None) -> tuple[
       width: W + 1, tokens that a window holds.
       past: of W tokens; None is an empty one.
     """
-    batch, time, features = x_BTR.shape
-    past = empty_past(batch, width - 1, features, x_BTR.dtype) if past is None else past
-    token = jnp.concatenate([past.token_BWR.astype(x_BTR.dtype), zero_padding(x_BTR, seq)], axis=1)
-    segment = jnp.concatenate([past.segment_BW, seq.segment_BT], axis=1)
+    batch, _, features = x_BTR.shape
+    clean_BTR = zero_padding(x_BTR, seq)
+    old = empty_past(batch, width - 1, features, x_BTR.dtype) if past is None else past
+    token = jnp.concatenate([old.token_BWR.astype(x_BTR.dtype), clean_BTR], axis=1)
+    segment = jnp.concatenate([old.segment_BW, seq.segment_BT], axis=1)
     # Index of the last real token before each, and before the end; -1 where there is none.
     real = jnp.where(segment > 0, jnp.arange(segment.shape[1])[None, :], -1)
     upto = jax.lax.cummax(real, axis=1)
@@ -54,16 +56,44 @@ def windows(x_BTR: jax.Array, seq: Seq, width: int, past: Past | None) -> tuple[
         taken = jnp.take_along_axis(values, jnp.maximum(index, 0).reshape(shape), axis=1)
         return jnp.where((index >= 0).reshape(shape), taken, jnp.zeros((), values.dtype))
 
-    found, index = [token[:, width - 1 :]], before[:, width - 1 : -1]
-    end, newest = before[:, -1:], []
+    index, end, newest = before[:, width - 1 : -1], before[:, -1:], []
+    found = [clean_BTR] if past is not None else _fresh(clean_BTR, seq, width)
     for _ in range(width - 1):
-        same = (take(segment, index) == seq.segment_BT) & (seq.segment_BT > 0)
-        found.append(jnp.where(same[..., None], take(token, index), jnp.zeros((), token.dtype)))
+        if past is not None:
+            same = (take(segment, index) == seq.segment_BT) & (seq.segment_BT > 0)
+            found.append(jnp.where(same[..., None], take(token, index), jnp.zeros((), token.dtype)))
         newest.append(end)
         index, end = (jnp.where(i >= 0, take(before, jnp.maximum(i, 0)), -1) for i in (index, end))
     last = jnp.concatenate(newest[::-1], axis=1) if newest else jnp.zeros((batch, 0), jnp.int32)
     kept = Past(take(token, last), take(segment, last))
-    return found, jax.tree.map(lambda new, old: new.astype(old.dtype), kept, past)
+    return found, jax.tree.map(lambda new, old: new.astype(old.dtype), kept, old)
+
+
+def _fresh(x_BTR: jax.Array, seq: Seq, width: int) -> list[jax.Array]:
+    """Return what ``windows`` does without a past: no search, for a segment's tokens stand side by side.
+
+    Where time is split over devices, a shard gets the width - 1 tokens before it.
+    """
+    split = time_shards(*seq.segment_BT.shape)
+
+    def local(x_BTR: jax.Array, segment_BT: jax.Array) -> tuple[jax.Array, ...]:
+        def widened(x: jax.Array) -> jax.Array:
+            if split is None:
+                return jnp.pad(x, [(0, 0), (width - 1, 0)] + [(0, 0)] * (x.ndim - 2))
+            return jnp.concatenate([split.halo(x, width - 1), x], axis=1)
+
+        token, segment = widened(x_BTR), widened(segment_BT)
+        found = [x_BTR]
+        for first in range(width - 2, -1, -1):
+            cut = slice(first, first + x_BTR.shape[1])
+            same = (segment[:, cut] == segment_BT) & (segment_BT > 0)
+            found.append(jnp.where(same[..., None], token[:, cut], jnp.zeros((), x_BTR.dtype)))
+        return tuple(found)
+
+    args = (x_BTR, seq.segment_BT)
+    if split is None:
+        return list(local(*args))
+    return list(by_shard(local, ("BTR", "BT"), ("BTR",) * width, args, split.axes))
 
 
 class ShortConv(nn.Module):

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from fastformer.attention import cache
 from fastformer.attention.blocked import attend_part
 from fastformer.attention.cache import KVState
-from fastformer.attention.implementations import attend
+from fastformer.attention.implementations import attend, attend_split
 from fastformer.attention.mixer import Mixer
 from fastformer.attention.scores import Bend, Mask, masked_softmax, reference_attention
+from fastformer.attention.time_shards import time_shards
 from fastformer.core.seq import Seq
 
 
@@ -117,7 +118,12 @@ def attend_sunk(
         return attend(q_BTHK, k_BSGK, v_BSGP, seqs, mask, bend, **options)
     if implementation not in ("auto", "xla"):
         warnings.warn(f"implementation {implementation} cannot serve: it has no sinks", stacklevel=2)
-    y_BTHP, log_BTH = attend_part(q_BTHK, k_BSGK, v_BSGP, *seqs, mask, bend, past=past)
+    split = None if past else time_shards(*q_BTHK.shape[:2])
+    if split:
+        options = {"split": split, "past": past, "implementation": "xla"}
+        y_BTHP, log_BTH = attend_split(q_BTHK, k_BSGK, v_BSGP, seqs, mask, bend, **options)
+    else:
+        y_BTHP, log_BTH = attend_part(q_BTHK, k_BSGK, v_BSGP, *seqs, mask, bend, past=past)
     # exp(log) / (exp(log) + exp(sink)) is what the sink leaves.
     left_BTH = jax.nn.sigmoid(log_BTH - sink_H.reshape(1, 1, -1).astype(jnp.float32))
     return (y_BTHP * left_BTH[..., None]).astype(v_BSGP.dtype)
@@ -201,6 +207,7 @@ class Softmax(Mixer):
     cross: ClassVar[bool] = True
     streaming: ClassVar[bool] = True
     scores: ClassVar[bool] = True
+    context_parallel: ClassVar[bool] = True
     kernels: ClassVar[bool] = True
 
     learned_sinks: bool = False

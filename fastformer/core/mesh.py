@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -25,9 +26,10 @@ class MeshConfig:
     data: int
     fsdp: int
     tensor: int
+    sequence: int = 1
 
     def __post_init__(self) -> None:
-        sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+        sizes = dataclasses.asdict(self)
         for name, size in sizes.items():
             require(size >= 1 or size == -1, name, size, "a number of devices, or -1 for all that remain")
         free = [name for name, size in sizes.items() if size == -1]
@@ -36,7 +38,7 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """Return the mesh with axes data, fsdp and tensor over ``devices`` (default: all).
+    """Return the mesh with axes data, fsdp, tensor and sequence over ``devices`` (default: all).
 
     Over several slices of TPUs, copies along data lie in different slices: only their gradients go
     over the data centre's network.
@@ -45,7 +47,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
       UserError: the axes do not multiply to a number of devices that is there.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
+    sizes = dataclasses.asdict(config)
     fixed = math.prod(size for size in sizes.values() if size > 0)
     if -1 in sizes.values():
         sizes = {name: len(devices) // fixed if size == -1 else size for name, size in sizes.items()}
@@ -73,14 +75,18 @@ def _slices(devices: list[jax.Device]) -> int:
 def rules(sharding: Mapping[str, tuple[str, ...]]) -> tuple[tuple[str, tuple[str, ...]], ...]:
     """Return flax's logical axis rules from the config's letters; the first rule wins an axis.
 
+    They stand in the order of the alphabet, which a configuration read from JSON has lost: activations are
+    split by rows and time first, and what those take of the mesh is not there for the width.
+
     Raises:
       UserError: a key that is no letter, or a mesh axis that does not exist.
     """
+    known = dict.fromkeys(field.name for field in dataclasses.fields(MeshConfig))
     for letter, axes in sharding.items():
         lookup(LETTERS, letter, "config.sharding")
         for axis in axes:
-            lookup({"data": 0, "fsdp": 0, "tensor": 0}, axis, f"config.sharding.{letter}")
-    return tuple((letter, tuple(axes)) for letter, axes in sharding.items())
+            lookup(known, axis, f"config.sharding.{letter}")
+    return tuple((letter, tuple(sharding[letter])) for letter in LETTERS if letter in sharding)
 
 
 _MESH: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", default=None)
@@ -90,6 +96,25 @@ def platform() -> str:
     """Return what the program is made for, "cpu", "gpu" or "tpu": the mesh's devices, there or not."""
     mesh = _MESH.get()
     return mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
+
+
+def layout(letters: str, shape: tuple[int, ...]) -> tuple[tuple[str, ...], ...]:
+    """Return the mesh axes that each axis of an array is split over by its letter; () where it is whole.
+
+    It is whole without a mesh, over one device, and where its size does not split evenly; a "." is whole.
+    """
+    mesh = _MESH.get()
+    if mesh is None:
+        return ((),) * len(letters)
+    found = nn.logical_to_mesh_axes(tuple(None if letter == "." else letter for letter in letters))
+    axes = [(one,) if isinstance(one, str) else tuple(one or ()) for one in found]
+    even = (1 < shards(one) and size % shards(one) == 0 for one, size in zip(axes, shape, strict=True))
+    return tuple(one if good else () for one, good in zip(axes, even))
+
+
+def shards(axes: tuple[str, ...]) -> int:
+    """Return the number of devices along axes of the mesh in use."""
+    return math.prod(_MESH.get().shape[axis] for axis in axes)
 
 
 @contextlib.contextmanager

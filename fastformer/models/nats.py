@@ -14,7 +14,8 @@ def chunked(
 ) -> jax.Array:
     """Return the nats of every target, [B, T] float32.
 
-    Each chunk's logits live while the scan is at it; the backward pass computes them again.
+    Each chunk's logits live while the scan is at it; the backward pass computes them again. Chunk n has the
+    tokens n, n + N, …: some of each device, where time is split, so that none is moved.
 
     Args:
       logits: ``x_BCD -> logits_BCV`` float32.
@@ -27,11 +28,11 @@ def chunked(
 
     def split(x: jax.Array) -> jax.Array:
         x = jnp.pad(x, [(0, 0), (0, chunks * chunk - time)] + [(0, 0)] * (x.ndim - 2))
-        return x.reshape(x.shape[0], chunks, chunk, *x.shape[2:]).swapaxes(0, 1)
+        return jnp.moveaxis(x.reshape(x.shape[0], chunk, chunks, *x.shape[2:]), 2, 0)
 
     @jax.checkpoint
     def one(_: None, part: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
         return None, optax.softmax_cross_entropy_with_integer_labels(logits(part[0]), part[1])
 
     nats_NBC = jax.lax.scan(one, None, (split(x_BTD), split(targets_BT)))[1]
-    return nats_NBC.swapaxes(0, 1).reshape(targets_BT.shape[0], -1)[:, :time]
+    return jnp.moveaxis(nats_NBC, 0, 2).reshape(targets_BT.shape[0], -1)[:, :time]

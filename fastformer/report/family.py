@@ -11,7 +11,7 @@ from fastformer.core.trees import count, nbytes
 from fastformer.report import tables
 
 WIDTH, HEADS, LENGTHS = 256, 4, (1024, 32768)
-ABILITIES = ("causal", "bidirectional", "cross", "streaming")
+ABILITIES = ("causal", "bidirectional", "cross", "streaming", "context_parallel")
 
 
 def table() -> str:

@@ -16,10 +16,12 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from fastformer import compress, models, tasks
+from fastformer.attention import VARIANTS
+from fastformer.attention.mixer import able
 from fastformer.core import config as configuration
 from fastformer.core.config import CONFIG, section
 from fastformer.core.errors import UserError, lookup, require
-from fastformer.core.mesh import MeshConfig, check_divisible, make_mesh, rules
+from fastformer.core.mesh import MeshConfig, check_divisible, layout, make_mesh, rules, use
 from fastformer.data import DataConfig
 from fastformer.data.atomic import atomic
 from fastformer.data.pipeline import RECORD
@@ -138,6 +140,14 @@ def check_sizes(config: ConfigDict, vocabulary: int, mesh: Mesh, axis_rules: Any
         "V": ("data.vocabulary" if bpe else "sharding.V (the tokens of the vocabulary)", vocabulary),
     }
     check_divisible(sizes, mesh, axis_rules)
+    with use(mesh, axis_rules):
+        split = layout("BT", (config.train.batch, config.data.length))[1]
+    for name in (*model.variants, *(model.encoder_pattern if model.encoder_layers else ())):
+        if split and not VARIANTS[name].context_parallel:
+            raise UserError(
+                f"config.model.attention.name: {name} cannot split rows in time over config.mesh."
+                f"{' x '.join(split)}; {able('context_parallel')}"
+            )
     check_divisible({"B": ("evaluate.batch", config.evaluate.batch)}, mesh, axis_rules)
     processes = jax.process_count()
     divides = config.train.batch % processes == 0
