@@ -78,6 +78,7 @@ class Mixer(nn.Module):
     exact_keys: ClassVar[bool] = False  # projects keys in float32, for they become decays
     convolution: ClassVar[int] = 0  # short_conv as published
     kernels: ClassVar[bool] = False  # has rows of attention/implementations.py to choose from
+    branches: ClassVar[tuple[str, ...]] = ()  # values of its field ``branch`` that leave one part alone
     order: ClassVar[str] = "T^2"  # how training time grows: a row of ORDERS
     small: ClassVar[dict[str, Any]] = {}  # own fields at sizes for short sequences, as in tests
 
