@@ -1,6 +1,6 @@
 """The quickstart's model with its softmax turned into something cheaper, with the weights that it has.
 
-Arms: lolcats (softmax in a window of 32 tokens, a learned feature map beyond), hedgehog (the feature map alone),
+Arms: lolcats (softmax in a window of 32 tokens, a learned feature map beyond), hedgehog (the map alone),
 hybrid (hedgehog and softmax in turn), local (the window alone); softmax (the control: as many more steps of
 the same adapters); and lolcats_untaught (the whole of the run on the task, without attention transfer).
 Command: python launch.py --config=configs/linearise.py:lolcats

@@ -6,14 +6,16 @@ import json
 import os
 import signal
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compress_tools import DEVICES, batch, configured, initial, logits, made, plain_place, train
+from compress_tools import DEVICES, LENGTH, VOCABULARY, batch, configured, logits, plain_place, train
+from qwix import QArray
 from safetensors.numpy import load_file
 
-from fastformer import compress, tasks
+from fastformer import compress, models, tasks
 from fastformer.compress import transfer
 from fastformer.compress.adapters import KEY, adapted
 from fastformer.compress.linearise import Linearise
@@ -46,6 +48,17 @@ def student(folder, teacher, **settings):
     """Return the configuration of a hybrid student, whose second layer is the teacher's."""
     of = {"linearise__teacher": str(teacher), "linearise__transfer": TRANSFER, "linearise__rank": 2}
     return configured(folder, "linearise", **SHORT, **HYBRID | of | settings)
+
+
+def built(config):
+    """Return ``(compression, model with adapters, model)``; no weights are made."""
+    compression, model = compress.build(config), models.build(config, VOCABULARY, LENGTH)
+    return compression, compression.model(model), model
+
+
+def drawn(model, key):
+    """Return initial weights, within a compiled function: one by one, their programs would take longer."""
+    return nn.unbox(model.init(key, jnp.zeros((2, LENGTH), jnp.int32), whole(2, LENGTH))["params"])
 
 
 @pytest.fixture(scope="module")
@@ -117,52 +130,66 @@ def test_each_branch_alone_is_in_the_result(runs, capsys):
 
 
 def test_merged_weights_do_what_adapters_do(folder, teacher):
-    compression, model, plain, _ = made(student(folder, teacher))
-    params = initial(model)
-    params[KEY] = jax.tree.map(lambda x: x + 0.1, params[KEY])
-    merged = compression.export(model, params, None)
-    assert set(paths(merged)) == set(paths(initial(plain)))
-    np.testing.assert_allclose(logits(plain, merged), logits(model, params), rtol=1e-5, atol=1e-6)
-    without = {name: x for name, x in params.items() if name != KEY}
-    assert np.abs(logits(plain, merged) - logits(plain, without)).max() > 1e-2
+    compression, model, plain = built(student(folder, teacher))
+
+    @jax.jit
+    def both(key):
+        params = drawn(model, key)
+        params[KEY] = jax.tree.map(lambda x: x + 0.1, params[KEY])
+        merged = compression.export(model, params, None)
+        without = {name: x for name, x in params.items() if name != KEY}
+        return params, merged, logits(model, params), logits(plain, merged), logits(plain, without)
+
+    params, merged, unmerged, same, other = both(jax.random.key(0))
+    assert set(paths(merged)) == set(paths(params)) - {f"{KEY}/{path}" for path in paths(params[KEY])}
+    np.testing.assert_allclose(same, unmerged, rtol=1e-5, atol=1e-5)
+    assert np.abs(same - other).max() > 1e-2
     # Of the output, by hand: two axes are read there, and one elsewhere.
     down, up = (np.asarray(params[KEY]["layer_1"]["mixer"]["out"][part]) for part in ("down", "up"))
     wanted = params["layer_1"]["mixer"]["out"]["weight"] + 8.0 * (down.reshape(16, 2) @ up).reshape(2, 8, 16)
     np.testing.assert_allclose(merged["layer_1"]["mixer"]["out"]["weight"], wanted, rtol=1e-5, atol=1e-6)
-    stored = compress.METHODS["quantise"]("int8", (), 0, 0, "nearest").on_export
+    stored = QArray(jnp.zeros((2, 2), jnp.int8), jnp.ones((1, 2)), None, jnp.int8)
     with pytest.raises(FieldError, match="rank: what is quantised is not merged; name linearise before"):
-        options = configured(folder, "quantise", **SHORT, **HYBRID)
-        quantised = compress.build(options).model(plain)
-        compression.methods[0][1].on_export(model, stored(quantised, merged, None), None)
+        compression.methods[0][1].on_export(model, {"layer_0": stored}, None)
 
 
 def test_the_error_is_that_of_attention_alone(folder):
     """A window over all of a row is the softmax; what a mixer reads is the teacher's, not the student's."""
-    plain = made(configured(folder, **SHORT))[2]
-    weights, seq = initial(plain), whole(4, 16)
-    told = transfer.of_teacher(plain, weights, batch())
-    assert [(x.x_BTD.shape, x.y_BTHP.shape) for x in told] == [((4, 16, 16), (4, 16, 2, 8))] * 2
-    found = {}
-    for window in (16, 2):
-        model = made(configured(folder, **SHORT, **HYBRID | {"model__attention__window": window}))[2]
-        params = initial(model, seed=1)
-        for layer in ("layer_0", "layer_1"):
-            params[layer]["mixer"] |= weights[layer]["mixer"]
-        found[window] = transfer.error(model, params, told, seq)
-    np.testing.assert_allclose(found[16], 0, atol=1e-10)
-    assert np.all(found[2][:, :2] < 1e-10) and float(found[2][:, 2:].min()) > 1e-8
-    # By hand: of two layers one errs, in 2 heads of 8.
-    silent = jax.tree.map(jnp.zeros_like, params["layer_0"]["mixer"]["value"])
-    params["layer_0"]["mixer"] |= {"value": silent}
-    far = [told[0]._replace(y_BTHP=jnp.full((4, 16, 2, 8), 0.5)), told[1]]
-    np.testing.assert_allclose(transfer.error(model, params, far, seq), 0.5**2 / 2, rtol=1e-5)
+    plain = built(configured(folder, **SHORT))[1]
+    students = [
+        built(configured(folder, **SHORT, **HYBRID | {"model__attention__window": window}))[1]
+        for window in (16, 2)
+    ]
+
+    @jax.jit
+    def errors(key):
+        weights, seq = drawn(plain, key), whole(4, 16)
+        told = transfer.of_teacher(plain, weights, batch())
+        assert [(x.x_BTD.shape, x.y_BTHP.shape) for x in told] == [((4, 16, 16), (4, 16, 2, 8))] * 2
+        found = []
+        for model in students:
+            params = drawn(model, jax.random.fold_in(key, 1))
+            for layer in ("layer_0", "layer_1"):
+                params[layer]["mixer"] |= weights[layer]["mixer"]
+            found.append(transfer.error(model, params, told, seq))
+        # By hand: of two layers one errs, by a half everywhere.
+        params["layer_0"]["mixer"]["value"] = {"weight": jnp.zeros((16, 2, 8))}
+        far = [told[0]._replace(y_BTHP=jnp.full((4, 16, 2, 8), 0.5)), told[1]]
+        return *found, transfer.error(model, params, far, seq)
+
+    all_of_it, two, half = errors(jax.random.key(0))
+    np.testing.assert_allclose(all_of_it, 0, atol=1e-10)
+    assert np.all(two[:, :2] < 1e-10) and float(two[:, 2:].min()) > 1e-8
+    np.testing.assert_allclose(half, 0.5**2 / 2, rtol=1e-5)
 
 
 def test_without_adapters_all_weights_learn_the_task(folder, teacher):
-    compression, model, _, params = made(student(folder, teacher, linearise__rank=0, linearise__transfer=0))
+    compression, model, _ = built(student(folder, teacher, linearise__rank=0, linearise__transfer=0))
     assert compression.frozen(model, load_tokeniser(teacher), plain_place) == {}
     loss = compression.loss(tasks.Text().loss)
-    gradients = jax.jit(jax.grad(lambda p: loss(model, p, batch(), None)[0]))(params)
+    gradients = jax.jit(lambda key: jax.grad(lambda p: loss(model, p, batch(), None)[0])(drawn(model, key)))(
+        jax.random.key(0)
+    )
     assert KEY not in gradients and all(np.abs(x).max() > 0 for x in jax.tree.leaves(gradients))
 
 
@@ -197,7 +224,7 @@ def test_mistakes(folder, teacher, tmp_path, settings, message):
 
 
 def test_distillation_comes_before(folder, teacher):
-    compression, model, _, params = made(student(folder, teacher))
+    compression, model, _ = built(student(folder, teacher))
     with pytest.raises(UserError, match="config.compress.methods: distil .* name it before linearise"):
-        compression.loss(tasks.Text().loss)(Recorder(model), params, batch(), None)
+        compression.loss(tasks.Text().loss)(Recorder(model), {}, {}, None)
     assert isinstance(compression.methods[0][1], Linearise) and adapted(Recorder(model)).step is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -224,7 +225,7 @@ def _still(params: Any, which: Any) -> Any:
 
 def _alone(module: nn.Module, branch: str) -> nn.Module:
     attention = {**module.config.attention, "branch": branch}
-    return module.clone(config=ModelConfig(**{**vars(module.config), "attention": attention}))
+    return module.clone(config=dataclasses.replace(module.config, attention=attention))
 
 
 def _check_projection(config: ModelConfig, path: str, letters: str, found: Mapping[str, Any]) -> None:
