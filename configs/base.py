@@ -67,7 +67,7 @@ def get_config() -> ConfigDict:
     c.train.spike = 0.0  # a loss so many deviations above its average is skipped; 0 is off (NaN always is)
     c.train.bad_steps = 5  # skipped in a row before a run goes back to its last good checkpoint, past the bad
     c.train.rollbacks = 3  # times that it may go back
-    c.train.init = ""  # workdir of a finished run to begin with the weights of, cut down where larger
+    c.train.init = ""  # workdir of a finished run whose weights are the first, cut or merged where larger
     c.train.init_layers = "even"  # or change: which of its layers, where this model has fewer
 
     c.optimiser = ConfigDict()
@@ -111,6 +111,12 @@ def get_config() -> ConfigDict:
     c.compress.distil.relations = 0.0  # weight of MiniLM's relations among queries, keys and values
     c.compress.distil.relation_heads = 4  # that these are split into, of teacher and student alike
     c.compress.distil.dtype = "float32"  # or bfloat16: of the teacher's matrices and activations
+    c.compress.linearise = ConfigDict()
+    c.compress.linearise.teacher = ""  # workdir of a finished run of these sizes: the first weights
+    c.compress.linearise.transfer = 0  # updates in which what is new learns the teacher's attention, alone
+    c.compress.linearise.rank = 8  # of the adapters of q, k, v and output that then learn; 0: all weights do
+    c.compress.linearise.alpha = 16.0  # adapters count alpha / rank times
+    c.compress.linearise.dtype = "float32"  # or bfloat16: of the teacher's matrices and activations
 
     c.evaluate = ConfigDict()
     c.evaluate.every = 500  # steps between evaluations on the held-out split; 0 is only at the end

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compress_tools import DEVICES, LENGTH, batch, configured, initial, made, train
+from compress_tools import DEVICES, LENGTH, batch, configured, initial, made, plain_place, train
 from safetensors.numpy import load_file
 
 from fastformer import compress, models, tasks
@@ -34,11 +34,6 @@ def teacher(folder):
     """Return the workdir of a teacher deeper and wider than the student."""
     settings = {"train__steps": 2, "optimiser__warmup_steps": 1}
     return str(train(configured(folder, **BIGGER, **settings), folder / "teacher"))
-
-
-def plain_place(x, letters):
-    assert len(letters) == x.ndim
-    return jnp.asarray(x)
 
 
 def learning(folder, teacher, **settings):

@@ -97,7 +97,7 @@ def test_three_methods_interrupted_and_gone_on(tmp_path, monkeypatch, capsys):
         "quantise__start": 3, "quantise__rules": ("embedding=int4",), **small,
     }  # fmt: skip
     config = configured(tmp_path, "distil", "prune", "quantise", **settings)
-    assert set(config.compress.methods) == set(METHODS)
+    assert set(config.compress.methods) == set(METHODS) - {"linearise"}  # which has a test of its own
     straight = train(config, tmp_path / "straight")
 
     write = MetricsLog.write

@@ -98,6 +98,23 @@ def test_heads_that_do_nothing_are_cut(tmp_path, settings):
             inherited(tmp_path, weights, other, model__heads=2, model__kv_heads=1)
 
 
+@pytest.mark.parametrize("groups", [2, 1])
+def test_key_and_value_heads_are_merged_into_their_mean(tmp_path, groups):
+    other, weights = built(tmp_path)
+    model, found = inherited(tmp_path, weights, other, model__kv_heads=groups)
+    assert found.cut == found.fresh == () and len(found.merged) == 2 * 3
+    for path in found.merged:
+        old, new = (flatten_dict(tree, sep="/")[path] for tree in (weights, found.params))
+        assert new.shape == (16, groups, 8) and path.split("/")[2] in ("key", "value")
+        for group, heads in enumerate(np.split(np.arange(4), groups)):
+            np.testing.assert_allclose(new[:, group], sum(old[:, h] for h in heads) / len(heads), rtol=1e-6)
+    # Heads that are alike are none the worse for it.
+    alike = replace_leaves(
+        weights, lambda path, x: jnp.repeat(x[:, :1], 4, 1) if path.split("/")[-2] in ("key", "value") else x
+    )
+    same((model, inherited(tmp_path, alike, other, model__kv_heads=groups)[1].params), (other, alike))
+
+
 def test_channels_that_are_small_are_cut(tmp_path):
     other, weights = built(tmp_path)
     small = np.array([0, 1, 6, 9, 10, 11, 14, 15])
@@ -139,10 +156,12 @@ def test_what_the_other_does_not_have_is_new(tmp_path):
         ({"model__layers": 4}, "it has 3 layers, and this model has 4"),
         ({"model__ff_width": 32}, "has 24 F and this model 32"),
         ({"model__head_width": 4}, "has 8 K and this model 4"),
+        ({"model__heads": 6, "model__kv_heads": 2}, "it has 3 key/value heads, and they do not merge into 2"),
     ],
 )
 def test_what_cannot_be_inherited(tmp_path, settings, message):
-    other, weights = built(tmp_path)
+    six = {"model__heads": 6, "model__kv_heads": 3} if "model__kv_heads" in settings else {}
+    other, weights = built(tmp_path, **six)
     with pytest.raises(FieldError, match=message):
         inherited(tmp_path, weights, other, **settings)
 

@@ -102,7 +102,10 @@ def test_train_again_evaluate_generate(tmp_path, capsys, monkeypatch):
         ((BASE, "--config.name=../x"), "config.name: '../x' is not allowed; it must be at most 100 letters"),
         ((BASE, "--config.name="), "config.name: '' is not allowed"),
         ((BASE, "--config.model.name=a\nb"), "the task text trains no a b"),
-        ((BASE, "--mode=benchmark", "--config.benchmark.variants=fnet"), "fnet cannot be"),
+        (
+            (BASE, "--mode=benchmark", "--config.benchmark.variants=linear", "--config.model.soft_cap=9"),
+            "config.benchmark.variants: linear cannot be: ",
+        ),
         ((BASE, "--config.data.source=files:/nowhere/*.txt"), "/nowhere/*.txt"),
         ((BASE, "--config.data.source=nothing"), "config.data.source"),
         ((BASE, "--config.data.tokeniser=words"), "config.data.tokeniser: 'words'"),

@@ -28,6 +28,7 @@ from fastformer.attention.latent import Latent
 from fastformer.attention.linear import LinearAttention
 from fastformer.attention.linformer import Linformer
 from fastformer.attention.local import Local
+from fastformer.attention.lolcats import Lolcats
 from fastformer.attention.longformer import Longformer
 from fastformer.attention.lsh import LSH
 from fastformer.attention.luna import Luna
@@ -76,6 +77,7 @@ VARIANTS: dict[str, type[Mixer]] = {
     "random_features": RandomFeatures,
     "based": Based,
     "hedgehog": Hedgehog,
+    "lolcats": Lolcats,
     "cosformer": Cosformer,
     "linformer": Linformer,
     "luna": Luna,

@@ -11,7 +11,7 @@ from fastformer.attention.recurrence import Memory
 from fastformer.core.layers import zero_padding
 from fastformer.core.seq import Seq
 
-__all__ = ["Hedgehog", "forward", "init_state", "reference"]
+__all__ = ["Hedgehog", "features", "forward", "init_state", "reference"]
 
 
 def reference(
@@ -48,20 +48,23 @@ def forward(
 ) -> tuple[jax.Array, Memory | None]:
     """Return ``(y_BTHP, state)`` by the chunked sums of ``linear``."""
 
-    def phi(x: jax.Array, weight: jax.Array) -> jax.Array:
-        x = jnp.einsum("BTHK,HKR->BTHR", zero_padding(x, seq).astype(jnp.float32), weight)
-        return jax.nn.softmax(jnp.concatenate([x, -x], axis=-1), axis=-1)
-
-    q_BTHR, k_BTGR = phi(q_BTHK, query_HKR), phi(k_BTGK, key_GKR)
+    q_BTHR = features(zero_padding(q_BTHK, seq), query_HKR)
+    k_BTGR = features(zero_padding(k_BTGK, seq), key_GKR)
     return average(q_BTHR, k_BTGR, v_BTGP, seq, state, causal=causal, chunk=chunk)
+
+
+def features(x_BTHK: jax.Array, weight_HKR: jax.Array) -> jax.Array:
+    """Return ``softmax([x W, -x W])``, [B, T, H, 2 R] float32: eq. 6 in its stable form (section 4.2)."""
+    x_BTHR = jnp.einsum("BTHK,HKR->BTHR", x_BTHK.astype(jnp.float32), weight_HKR)
+    return jax.nn.softmax(jnp.concatenate([x_BTHR, -x_BTHR], axis=-1), axis=-1)
 
 
 class Hedgehog(Kernel):
     """Kernel attention whose feature map is learned: O(T) to train, a state of 2 K features.
 
     One weight a head for queries and one for keys, the identity at first. The softmax over the features
-    is the paper's stable form of its exponentials (section 4.2). Its distillation from a trained model's
-    softmax is not part of the layer.
+    is the paper's stable form of its exponentials (section 4.2). What teaches it a trained model's softmax
+    is compress/linearise.py.
     """
 
     @property

@@ -122,10 +122,11 @@ def average(
         # The token itself is in both sums.
         own = jnp.einsum("BTGMR,BTGR->BTGM", tokens.q_BTGMK, k_BTGR)[..., None] * v_BTGP[:, :, :, None]
         sums, end = sums + jnp.flip(after, axis=1) - zero_padding(own.reshape(sums.shape), seq), None
-    return _divided(sums[..., :-1], sums[..., -1:], floor).astype(dtype), end
+    return divided(sums[..., :-1], sums[..., -1:], floor).astype(dtype), end
 
 
-def _divided(sums: jax.Array, total: jax.Array, floor: float) -> jax.Array:
+def divided(sums: jax.Array, total: jax.Array, floor: float = 0.0) -> jax.Array:
+    """Return ``sums / total``, or over ``floor`` where that is more; zero where both are."""
     if floor:
         return sums / jnp.maximum(total, floor)
     # A quotient's gradient holds 1 / total²; taken at a total of one it cannot overflow.

@@ -80,6 +80,7 @@ class Mixer(nn.Module):
     convolution: ClassVar[int] = 0  # short_conv as published
     context_parallel: ClassVar[bool] = False  # rows may be split over devices in time
     kernels: ClassVar[bool] = False  # has rows of attention/implementations.py to choose from
+    branches: ClassVar[tuple[str, ...]] = ()  # values of its field ``branch`` that leave one part alone
     order: ClassVar[str] = "T^2"  # how training time grows: a row of ORDERS
     small: ClassVar[dict[str, Any]] = {}  # own fields at sizes for short sequences, as in tests
 

@@ -41,6 +41,14 @@ class Compression:
             with _named(name):
                 method.check()
 
+    @property
+    def begins_with(self) -> tuple[str, str]:
+        """Return the key, and the workdir in it, of the run whose weights training begins with, if any."""
+        for name, method in self.methods:
+            if method.begins_with:
+                return f"config.compress.{name}.{method.begins_with}", getattr(method, method.begins_with)
+        return "", ""
+
     def frozen(self, model: Any, tokeniser: Any, place: Place) -> dict[str, Any]:
         """Return the arrays that losses read and nothing trains, by the methods' names.
 
@@ -86,6 +94,13 @@ class Compression:
             with _named(name):
                 params = method.on_export(model, params, calibration)
         return params
+
+    def apart(self, model: Any) -> dict[str, Any]:
+        """Return models, by name, that run from the same weights and whose quality is told besides."""
+        found: dict[str, Any] = {}
+        for _, method in self.methods:
+            found |= method.apart(model)
+        return found
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ activations on training text, as there: of a feed-forward neuron its mean size, 
 it gives to the output projection, of a channel of the residual stream the mean size of what norms give,
 summed over layers. Layers are taken at even distances, the last among them (DistilBERT, 1910.01108,
 section 3), or those that change the stream most (Men et al. 2024, 2403.03853, eq. 1; the first stays).
+Fewer key/value heads with as many query heads are means (Ainslie et al. 2023, GQA, 2305.13245, section 2.1).
 """
 
 from __future__ import annotations
@@ -35,12 +36,14 @@ class Inherited(NamedTuple):
 
     Attributes:
       params: of the model.
-      cut: paths of what was cut down. fresh: of what the other model does not have, and is as it was.
+      cut: paths of what was cut down. merged: of what has fewer key/value heads.
+      fresh: of what the other model does not have, and is as it was.
       layers: of the other model, those that were taken.
     """
 
     params: Any
     cut: tuple[str, ...]
+    merged: tuple[str, ...]
     fresh: tuple[str, ...]
     layers: tuple[int, ...]
 
@@ -81,6 +84,9 @@ def inherit(
     found = {path: source[path] for path in mine if source[path] in theirs}
     if not found:
         raise FieldError("init", "it has none of this model's weights")
+    merged = {path for path, old in found.items() if "G" in letters[old] and _merges(model, other)}
+    for path in merged:
+        theirs[found[path]] = _merged(theirs[found[path]], letters[found[path]], _groups(model.config))
     smaller = {path for path, old in found.items() if mine[path].shape != theirs[old].shape}
     scores = importance(other, weights, calibration) if smaller else {}
     new = dict(mine)
@@ -89,7 +95,28 @@ def inherit(
         if path in smaller:
             new[path] = _cut(theirs[old], mine[path].shape, letters[old], old, scores)
     fresh = tuple(path for path in mine if path not in found)
-    return Inherited(unflatten_dict(new, sep="/"), tuple(sorted(smaller)), fresh, chosen)
+    names = (tuple(sorted(some)) for some in (smaller, merged))
+    return Inherited(unflatten_dict(new, sep="/"), *names, fresh, chosen)
+
+
+def _merges(model: Any, other: Any) -> bool:
+    """Return whether the model has fewer key/value heads than another with as many query heads."""
+    to, of = _groups(model.config), _groups(other.config)
+    if model.config.heads != other.config.heads or to >= of:
+        return False
+    if of % to:
+        raise FieldError("init", f"it has {of} key/value heads, and they do not merge into {to} evenly")
+    return True
+
+
+def _groups(config: Any) -> int:
+    return config.kv_heads or config.heads
+
+
+def _merged(x: jax.Array, letters: tuple[str, ...], groups: int) -> jax.Array:
+    """Return a weight with its key/value heads merged: neighbours into their mean (2305.13245)."""
+    axis = letters.index("G")
+    return jnp.mean(x.reshape(*x.shape[:axis], groups, -1, *x.shape[axis + 1 :]), axis=axis + 1)
 
 
 def importance(model: Any, weights: Any, calibration: Calibration) -> dict[str, np.ndarray]:

@@ -41,6 +41,11 @@ class Method:
           FieldError: there is not.
         """
 
+    @property
+    def begins_with(self) -> str:
+        """Return the field that names the run whose weights training begins with; "" is none."""
+        return ""
+
     def frozen(self, model: Any, tokeniser: Any, place: Place) -> Any:
         """Return arrays that the loss reads and nothing trains; the loss finds them in the batch.
 
@@ -67,6 +72,10 @@ class Method:
     def on_export(self, model: Any, params: Any, calibration: Calibration) -> Any:
         """Return the weights to deploy: what is stored, and what ``model`` then runs from."""
         return params
+
+    def apart(self, model: Any) -> dict[str, Any]:
+        """Return models, by name, that run from the same weights; their quality tells what does the work."""
+        return {}
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastformer.compress.distil import Distil
+from fastformer.compress.linearise import Linearise
 from fastformer.compress.method import Method
 from fastformer.compress.prune import Prune
 from fastformer.compress.quantise import Quantise
@@ -11,4 +12,5 @@ METHODS: dict[str, type[Method]] = {
     "quantise": Quantise,
     "prune": Prune,
     "distil": Distil,
+    "linearise": Linearise,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -82,7 +83,17 @@ def evaluate(run: Run, params: Any, limit: int = 0) -> dict[str, float]:
 
     What the model generates counts too: in training it is measured at the end alone, for it takes long.
     """
-    return make_evaluate(run)(params, limit).quality | decoded(run, params, limit)
+    quality = make_evaluate(run)(params, limit).quality
+    return quality | apart(run, params, limit) | decoded(run, params, limit)
+
+
+def apart(run: Run, params: Any, limit: int = 0) -> dict[str, float]:
+    """Return the task's metric of what compression wants to see apart, such as a branch of a hybrid alone."""
+    found, name = {}, run.task.metric
+    for part, model in run.compression.apart(run.model).items():
+        alone = make_evaluate(dataclasses.replace(run, model=model))(params, limit)
+        found[f"{name}_{part}"] = alone.quality[name]
+    return found
 
 
 def decoded(run: Run, params: Any, limit: int = 0) -> dict[str, float]:

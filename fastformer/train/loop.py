@@ -18,7 +18,7 @@ from fastformer.decode import GenerateConfig
 from fastformer.train import deployed, result, setup
 from fastformer.train.begin import begun
 from fastformer.train.checkpoint import CheckpointConfig, Checkpoints, Restored
-from fastformer.train.evaluate import EvaluateConfig, Evaluation, decoded, make_evaluate
+from fastformer.train.evaluate import EvaluateConfig, Evaluation, apart, decoded, make_evaluate
 from fastformer.train.logging import LogConfig, MetricsLog
 from fastformer.train.optimiser import make_optimiser
 from fastformer.train.precision import Plan
@@ -120,8 +120,8 @@ def _origin(step: int) -> str:
 def _first(run: Run, tx: Any, abstract: TrainState, line: ProgressLine) -> TrainState:
     """Return the state at step 0."""
     state = initial_state(run, tx, abstract)
-    if run.config.train.init:
-        state, said = begun(run, state, abstract)
+    state, said = begun(run, state, abstract)
+    if said:
         line.say(said)
     return state
 
@@ -247,7 +247,7 @@ def _finish(s: Session) -> None:
         found = s.last[1] if known else s.evaluate(weights, 0)
         if not known:
             _write_heldout(s, found)
-        quality = found.quality | decoded(s.run, weights)
+        quality = found.quality | apart(s.run, weights) | decoded(s.run, weights)
     times = vars(s.times)
     program = s.program if s.programs else None
     written = result.write_result(s.run, s.state, weights, program, quality, times, s.rollbacks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -17,6 +18,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from fastformer.compress.method import bare
 from fastformer.compress.store import WEIGHTS
 from fastformer.core import config as configuration
 from fastformer.core.trees import count
@@ -28,7 +30,7 @@ from fastformer.train import deployed
 from fastformer.train.checkpoint import FOLDER
 from fastformer.train.evaluate import completer
 from fastformer.train.setup import Run
-from fastformer.train.state import TrainState
+from fastformer.train.state import TrainState, abstract_params
 from fastformer.train.step import CompiledStep, abstract_batch
 
 RESULT = "result.json"
@@ -94,7 +96,7 @@ def write_result(
         "signatures": run.task.signatures(),
         "yardsticks": run.data.yardsticks(),
         "samples": samples,
-        "parameters": count(state.params),
+        "parameters": count(abstract_params(dataclasses.replace(run, model=bare(run.model)))),
         "bytes_on_disk": len(stored),
         "train_tokens_per_second": step * tokens / max(times["stepping"], 1e-9) if step else None,
         "decode_tokens_per_second": decode_tokens_per_second(run.model, weights) if decodes else None,
