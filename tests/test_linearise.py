@@ -201,15 +201,15 @@ def test_without_adapters_all_weights_learn_the_task(folder, teacher):
         ({"linearise__transfer": -1}, "compress.linearise.transfer: -1 is not allowed"),
         ({"linearise__rank": -1}, "compress.linearise.rank: -1 is not allowed"),
         ({"linearise__alpha": 0.0}, "compress.linearise.alpha: 0.0 is not allowed"),
-        ({"model__pattern": ("local",)}, "linearise.transfer: 6 updates would train nothing, for local has"),
+        ({"model__pattern": ("local",)}, "compress.linearise.transfer: 6 updates would train nothing, for local has"),
         ({"model__pattern": ("rg_lru", "local")}, "model.pattern: rg_lru has no query projection, and"),
         (
             {"model__pattern": (), "model__attention__name": "retention", "model__attention__window": None},
             r"model.attention.name: the value projection of retention has shape \(16, 2, 16\); that of",
         ),
         ({"model__scan": True}, "model.scan: linearise goes layer by layer; set it False"),
-        ({"model__width": 32}, "linearise.teacher: .* has config.model.width 16, and this run 32"),
-        ({"data__tokeniser": "bpe", "data__vocabulary": 300}, "linearise.teacher: .* has another tokeniser"),
+        ({"model__width": 32}, "compress.linearise.teacher: .* embedding has 16 D and this model 32"),
+        ({"data__tokeniser": "bpe", "data__vocabulary": 300}, "compress.linearise.teacher: .* has another tokeniser"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
