@@ -81,7 +81,11 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]
     flags, unknown = p.parse_known_args(rest)
     if unknown:
         name = unknown[0].partition("=")[0]
-        raise UserError(f"{name}: no such flag{nearest(name, p._option_string_actions)} (--help lists them)")
+        hint = f"; did you mean --mode={name}?" if name in MODES else nearest(name, p._option_string_actions)
+        raise UserError(f"{name}: no such flag{hint} (--help lists them)")
+    for name in ("config", "workdir", "experiment"):
+        if getattr(flags, name) == "":
+            raise UserError(f"--{name}: is empty")
     if flags.smoke and not flags.experiment:
         raise UserError("--smoke: goes with --experiment=FOLDER")
     for name, (mode, _) in ASKED.items():
@@ -121,6 +125,10 @@ def run(argv: Sequence[str]) -> int:
         also = "" if mode in FROM_CONFIG else ", or --workdir=DIR of a run"
         raise UserError(f"--mode={mode}: needs --config=FILE, as in --config=configs/quickstart.py{also}")
     workdir = Path(flags.workdir or f"runs/{config.name}")
+    try:
+        workdir.exists()
+    except (OSError, ValueError) as error:  # a name that is too long, a folder that may not be entered
+        raise UserError(f"--workdir: {workdir} cannot be reached: {error}") from error
     # What follows imports JAX, which takes seconds: a mistake in a flag or key is answered before.
     from fastformer.core import distributed
     from fastformer.train import modes

@@ -110,6 +110,9 @@ def test_train_again_evaluate_generate(tmp_path, capsys, monkeypatch):
         ((BASE, "--config.optimiser.name=adam"), "did you mean adamw?"),
         ((BASE, "--wrokdir=x"), "--wrokdir: no such flag; did you mean --workdir?"),
         ((BASE, "--mode=trian"), "trian"),
+        ((BASE, "train"), "train: no such flag; did you mean --mode=train?"),
+        ((BASE, "--experiment="), "--experiment: is empty"),
+        (("--mode=evaluate", "--workdir=" + "a" * 300), "cannot be reached"),
         ((BASE, "--prompt=x"), "--prompt: goes with --mode=generate"),
         ((BASE, "--source=x"), "--source: goes with --mode=generate"),
         ((BASE, "--config.task.name=txt"), "config.task.name: 'txt' is unknown; did you mean text?"),
@@ -154,6 +157,32 @@ def test_a_mistake_in_a_file_of_the_user_gets_one_line(text, message, tmp_path, 
     path.write_text(f"from configs import base\n\ndef get_config():\n{body}")
     code, _, err = run(capsys, monkeypatch, f"--config={path}", f"--workdir={tmp_path / 'run'}")
     assert code == 2 and message.format(path=path) in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "flag, message",
+    [
+        ("--config.train.batch=8192", "fewer than one batch of 8192 rows"),
+        ("--config.train.init=nowhere", "config.train.init: nowhere: nowhere holds no config.json"),
+    ],
+)
+def test_what_is_missing_is_told_before_compiling(flag, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("fastformer.train.loop.compile_all", lambda *_: pytest.fail("compiled"))
+    code, _, err = run(capsys, monkeypatch, *small(tmp_path), flag)
+    assert code == 2 and message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["config.json", "data.json", "tokeniser.json"])
+@pytest.mark.parametrize("text", ["null", "[]", "{}", "{", '{"name": "base"}'])
+def test_a_damaged_file_of_a_run_is_told(name, text, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("fastformer.train.loop.abstract_state", lambda *_: pytest.fail("began"))
+    flags = small(tmp_path)
+    config = configuration.load("configs/base.py", [f[9:].split("=", 1) for f in flags[2:]])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text(configuration.to_json(config))
+    (tmp_path / "run" / name).write_text(text)
+    code, _, err = run(capsys, monkeypatch, *flags)
+    assert code == 2 and name in err and "cannot be read" in err and err.count("\n") == 1
 
 
 def test_a_lack_of_memory_is_told_and_another_failure_is_not_hidden(capsys, monkeypatch):
