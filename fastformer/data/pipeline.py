@@ -193,8 +193,8 @@ def keep_record(corpus: Corpus, workdir: Path) -> None:
         title, fingerprint = old["title"], old["fingerprint"]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(
-            f"--workdir: {path}, which says what text the run is on, cannot be read; restore it, or remove it "
-            "if the text is still the same"
+            f"--workdir: {path}, which says what text the run is on, cannot be read; restore or remove it "
+            "(where the text is still the same)"
         ) from error
     if fingerprint != record["fingerprint"]:
         raise UserError(
