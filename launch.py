@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import re
 import signal
@@ -145,6 +146,8 @@ def run(argv: Sequence[str]) -> int:
 def main() -> int:
     """Run, with the user's mistakes as one line on stderr and exit code 2."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a prompt may hold what the terminal cannot show
+        sys.stdout.reconfigure(errors="replace")
     try:
         return run(sys.argv[1:])
     except UserError as error:
@@ -153,6 +156,10 @@ def main() -> int:
     except KeyboardInterrupt:
         print("stopped; the same command starts again", file=sys.stderr)
         return 0
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes there at exit
+        print("launch.py: nobody reads what it prints any more; the same command goes on", file=sys.stderr)
+        return 1
     except (MemoryError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in reason:

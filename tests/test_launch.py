@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 import subprocess
@@ -214,6 +215,20 @@ def test_a_file_that_is_no_config(tmp_path, capsys, monkeypatch):
     ):
         code, _, err = run(capsys, monkeypatch, f"--config={tmp_path / name}")
         assert code == 2 and message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("closed", [" >&-", " 2>&1 <&- | cat"])
+def test_a_mistake_with_its_streams_closed(closed, tmp_path):
+    command = f"{sys.executable} launch.py {BASE} --config.data.source=x --workdir={tmp_path / 'run'}{closed}"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True)
+    assert done.returncode == 2 and (done.stdout + done.stderr).count("\n") == 1
+
+
+def test_a_prompt_that_no_terminal_can_show_is_printed(monkeypatch):
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, "utf-8", write_through=True))
+    monkeypatch.setattr(launch, "run", lambda argv: print("a\udcff") or 0)
+    assert launch.main() == 0 and printed.getvalue() == b"a?\n"
 
 
 def test_a_mistake_in_a_real_process_has_no_traceback():
