@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import re
 import signal
@@ -81,7 +82,11 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]
     flags, unknown = p.parse_known_args(rest)
     if unknown:
         name = unknown[0].partition("=")[0]
-        raise UserError(f"{name}: no such flag{nearest(name, p._option_string_actions)} (--help lists them)")
+        hint = f"; did you mean --mode={name}?" if name in MODES else nearest(name, p._option_string_actions)
+        raise UserError(f"{name}: no such flag{hint} (--help lists them)")
+    for name in ("config", "workdir", "experiment"):
+        if getattr(flags, name) == "":
+            raise UserError(f"--{name}: is empty")
     if flags.smoke and not flags.experiment:
         raise UserError("--smoke: goes with --experiment=FOLDER")
     for name, (mode, _) in ASKED.items():
@@ -121,6 +126,10 @@ def run(argv: Sequence[str]) -> int:
         also = "" if mode in FROM_CONFIG else ", or --workdir=DIR of a run"
         raise UserError(f"--mode={mode}: needs --config=FILE, as in --config=configs/quickstart.py{also}")
     workdir = Path(flags.workdir or f"runs/{config.name}")
+    try:
+        workdir.exists()
+    except (OSError, ValueError) as error:  # a name that is too long, a folder that may not be entered
+        raise UserError(f"--workdir: {workdir} cannot be reached: {error}") from error
     # What follows imports JAX, which takes seconds: a mistake in a flag or key is answered before.
     from fastformer.core import distributed
     from fastformer.train import modes
@@ -137,6 +146,8 @@ def run(argv: Sequence[str]) -> int:
 def main() -> int:
     """Run, with the user's mistakes as one line on stderr and exit code 2."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a prompt may hold what the terminal cannot show
+        sys.stdout.reconfigure(errors="replace")
     try:
         return run(sys.argv[1:])
     except UserError as error:
@@ -145,6 +156,10 @@ def main() -> int:
     except KeyboardInterrupt:
         print("stopped; the same command starts again", file=sys.stderr)
         return 0
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes there at exit
+        print("launch.py: nobody reads what it prints any more; the same command goes on", file=sys.stderr)
+        return 1
     except (MemoryError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in reason:

@@ -139,6 +139,7 @@ def test_what_does_not_fit_says_what_helps():
     ("topology", "message"),
     [
         ("v5e", "--topology: 'v5e' is not CHIP:AxB"),
+        ("v5e:0x4", "--topology: 'v5e:0x4' is not CHIP:AxB"),
         ("v9:2x2", "--topology: 'v9' is unknown"),
         pytest.param("v5e:3x7", "--topology: 'v5e:3x7' cannot be had", marks=needs_libtpu),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 import subprocess
@@ -113,6 +114,9 @@ def test_train_again_evaluate_generate(tmp_path, capsys, monkeypatch):
         ((BASE, "--config.optimiser.name=adam"), "did you mean adamw?"),
         ((BASE, "--wrokdir=x"), "--wrokdir: no such flag; did you mean --workdir?"),
         ((BASE, "--mode=trian"), "trian"),
+        ((BASE, "train"), "train: no such flag; did you mean --mode=train?"),
+        ((BASE, "--experiment="), "--experiment: is empty"),
+        (("--mode=evaluate", "--workdir=" + "a" * 300), "cannot be reached"),
         ((BASE, "--prompt=x"), "--prompt: goes with --mode=generate"),
         ((BASE, "--source=x"), "--source: goes with --mode=generate"),
         ((BASE, "--config.task.name=txt"), "config.task.name: 'txt' is unknown; did you mean text?"),
@@ -159,6 +163,32 @@ def test_a_mistake_in_a_file_of_the_user_gets_one_line(text, message, tmp_path, 
     assert code == 2 and message.format(path=path) in err and err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "flag, message",
+    [
+        ("--config.train.batch=8192", "fewer than one batch of 8192 rows"),
+        ("--config.train.init=nowhere", "config.train.init: nowhere: nowhere holds no config.json"),
+    ],
+)
+def test_what_is_missing_is_told_before_compiling(flag, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("fastformer.train.loop.compile_all", lambda *_: pytest.fail("compiled"))
+    code, _, err = run(capsys, monkeypatch, *small(tmp_path), flag)
+    assert code == 2 and message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["config.json", "data.json", "tokeniser.json"])
+@pytest.mark.parametrize("text", ["null", "[]", "{}", "{", '{"name": "base"}'])
+def test_a_damaged_file_of_a_run_is_told(name, text, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("fastformer.train.loop.abstract_state", lambda *_: pytest.fail("began"))
+    flags = small(tmp_path)
+    config = configuration.load("configs/base.py", [f[9:].split("=", 1) for f in flags[2:]])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text(configuration.to_json(config))
+    (tmp_path / "run" / name).write_text(text)
+    code, _, err = run(capsys, monkeypatch, *flags)
+    assert code == 2 and name in err and "cannot be read" in err and err.count("\n") == 1
+
+
 def test_a_lack_of_memory_is_told_and_another_failure_is_not_hidden(capsys, monkeypatch):
     def failing(error):
         def run(argv):
@@ -188,6 +218,20 @@ def test_a_file_that_is_no_config(tmp_path, capsys, monkeypatch):
     ):
         code, _, err = run(capsys, monkeypatch, f"--config={tmp_path / name}")
         assert code == 2 and message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("closed", [" >&-", " 2>&1 <&- | cat"])
+def test_a_mistake_with_its_streams_closed(closed, tmp_path):
+    command = f"{sys.executable} launch.py {BASE} --config.data.source=x --workdir={tmp_path / 'run'}{closed}"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True)
+    assert done.returncode == 2 and (done.stdout + done.stderr).count("\n") == 1
+
+
+def test_a_prompt_that_no_terminal_can_show_is_printed(monkeypatch):
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, "utf-8", write_through=True))
+    monkeypatch.setattr(launch, "run", lambda argv: print("a\udcff") or 0)
+    assert launch.main() == 0 and printed.getvalue() == b"a?\n"
 
 
 def test_a_mistake_in_a_real_process_has_no_traceback():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,7 +101,7 @@ def find(workdir: str) -> ConfigDict:
             raise FieldError("teacher", f"{workdir} holds no {name}; {reason}")
     try:
         return configuration.from_json((folder / configuration.CONFIG).read_text())
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise FieldError("teacher", f"the {configuration.CONFIG} of {workdir} cannot be read") from error
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict
 
 from fastformer.core.errors import FieldError, UserError, nearest, require
 from fastformer.core.values import check_kind, check_numbers
@@ -120,7 +120,7 @@ def check_sections(config: ConfigDict) -> None:
             raise UserError(f"config.{key}: {config[key]!r} is not {wanted}")
     # The default workdir is made of it.
     good = re.fullmatch(r"\w[\w. +-]{0,99}", config.name)
-    require(bool(good), "config.name", config.name, "at most 100 letters, digits, then . + - and spaces too")
+    require(bool(good), "config.name", config.name, "at most 100 letters, digits, _ . + - and spaces")
 
 
 def set_key(config: ConfigDict, key: str, text: Any) -> None:
@@ -228,8 +228,20 @@ def to_json(config: ConfigDict) -> str:
 
 
 def from_json(text: str) -> ConfigDict:
-    """Return the locked configuration that ``to_json`` wrote."""
-    return config_dict.ConfigDict(json.loads(text)).lock()
+    """Return the locked configuration that ``to_json`` wrote.
+
+    Raises:
+      ValueError: it is none.
+    """
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError("it is no JSON object")
+    config = ConfigDict(found).lock()
+    try:
+        check_sections(config)
+    except UserError as error:
+        raise ValueError(str(error).partition(";")[0]) from error
+    return config
 
 
 def sha256(config: ConfigDict) -> str:

@@ -187,10 +187,19 @@ def keep_record(corpus: Corpus, workdir: Path) -> None:
     if not path.exists():
         with atomic(path) as file:
             file.write(json.dumps(record, indent=2).encode())
-    elif (old := json.loads(path.read_text()))["fingerprint"] != record["fingerprint"]:
+        return
+    try:
+        old = json.loads(path.read_text())
+        title, fingerprint = old["title"], old["fingerprint"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(
+            f"--workdir: {path}, which says what text the run is on, cannot be read; restore or remove it "
+            "(where the text is still the same)"
+        ) from error
+    if fingerprint != record["fingerprint"]:
         raise UserError(
             f"config.data.source: {corpus.title} is not the text that the run in {workdir} began with "
-            f"({old['title']}): it has changed since; choose another workdir"
+            f"({title}): it has changed since; choose another workdir"
         )
 
 

@@ -197,7 +197,7 @@ def load_tokeniser(workdir: Path) -> Tokeniser:
     except FileNotFoundError as error:
         raise UserError(f"{workdir}: holds no {FILE}; is it the workdir of a run?") from error
     except Exception as error:  # tokenizers raises bare Exceptions
-        raise UserError(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
+        raise UserError(f"{path}: cannot be read ({type(error).__name__}: {error}); restore it") from error
 
 
 def byte_characters() -> dict[int, str]:

@@ -29,7 +29,7 @@ def open_files(pattern: str, root: Path) -> Corpus:
     matches = glob.glob(os.path.expanduser(pattern), recursive=True)
     paths = sorted(path for path in matches if os.path.isfile(path))
     if not paths:
-        hint = f"; to read a folder, write files:{pattern}/**" if os.path.isdir(pattern) else ""
+        hint = f"; to read a folder, write files:{pattern.rstrip('/')}/**" if os.path.isdir(pattern) else ""
         raise UserError(f"{FIELD}: no file matches {pattern}{hint}")
     state = hashlib.sha256(b"files")
     names: dict[bytes, str] = {}

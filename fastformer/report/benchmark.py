@@ -22,6 +22,7 @@ from fastformer.core.dtypes import COMPUTE
 from fastformer.core.errors import UserError, lookup, require
 from fastformer.core.seq import whole
 from fastformer.core.trees import count, nbytes
+from fastformer.data.atomic import make_directory
 from fastformer.models import ModelConfig
 from fastformer.report import plots, tables, torch_peer
 from fastformer.report.cost import flops
@@ -103,7 +104,7 @@ def run_benchmark(config: ConfigDict, workdir: Path) -> list[dict[str, Any]]:
     peer, reason = torch_peer.available()
     unable |= {torch_peer.NAME: reason} if reason else {}
     rows: list[dict[str, Any]] = []
-    workdir.mkdir(parents=True, exist_ok=True)
+    make_directory(workdir, "--workdir")
     for length in options.lengths:
         shape, contestants = (options.batch, length, model.width), {}
         for index, name in enumerate(variants, 1):

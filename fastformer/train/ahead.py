@@ -34,7 +34,8 @@ from fastformer.train.setup import Run, check_sizes
 from fastformer.train.state import abstract_state
 from fastformer.train.step import abstract_batch, jit_train_step
 
-TOPOLOGY = re.compile(r"(?:(?P<slices>\d+)\*)?(?P<chip>\w+):(?P<shape>\d+(?:x\d+)*)$")
+SIZE = r"[1-9]\d{0,3}"  # libtpu divides by a size of 0, which ends the process
+TOPOLOGY = re.compile(rf"(?:(?P<slices>{SIZE})\*)?(?P<chip>\w+):(?P<shape>{SIZE}(?:x{SIZE})*)$")
 OUT_OF_MEMORY = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", re.IGNORECASE)
 HELP = (
     "What helps, in this order: config.model.remat=full, config.model.loss_chunk=512, config.mesh.fsdp=-1 "

@@ -84,7 +84,8 @@ def _train(run: Run, tx: Any, schedule: Any, stop: Stop) -> None:
         ):
             line.say(f"{run.config.name} in {run.workdir}, {_origin(step)}")
             line.say(f"{run.data.description}; on {result.device(run.mesh)}")
-            # Before the minutes of compiling: another run's weights may not be there, or not fit.
+            # Before the minutes of compiling: the text may be too short, another run's weights not there.
+            iterator = _iterator(run, restored.data if restored else None)
             state = restored.state if restored else _first(run, tx, abstract, line)
             programs = {}
             if run.config.train.steps:
@@ -98,7 +99,7 @@ def _train(run: Run, tx: Any, schedule: Any, stop: Stop) -> None:
                 log=log,
                 line=line,
                 evaluate=make_evaluate(run),
-                iterator=_iterator(run, restored.data if restored else None),
+                iterator=iterator,
                 state=state,
                 step=step,
                 best=_best(restored),

@@ -24,7 +24,7 @@ class ProgressLine:
         self._steps, self._shows = steps, jax.process_index() == 0
         self._first: tuple[int, float] | None = None  # step and time of the first that ended
         self._next, self._bar = 0.0, None
-        if self._shows and sys.stdout.isatty():
+        if self._shows and sys.stdout and sys.stdout.isatty():
             columns = (
                 TextColumn("step {task.completed:,.0f}/{task.total:,.0f}"),
                 BarColumn(),

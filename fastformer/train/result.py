@@ -59,8 +59,9 @@ def say_finished(workdir: Path) -> None:
 
 def _read(workdir: Path) -> dict[str, Any]:
     try:
-        return json.loads((workdir / RESULT).read_text())
-    except (OSError, ValueError):
+        found = json.loads((workdir / RESULT).read_text())
+        return found if isinstance(found["quality"], dict) else {}
+    except (OSError, ValueError, LookupError, TypeError):
         return {}
 
 

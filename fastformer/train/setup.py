@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,14 +206,7 @@ def read_config(workdir: Path | str) -> ConfigDict:
         return configuration.from_json(path.read_text())
     except FileNotFoundError as error:
         raise UserError(f"--workdir: {workdir} holds no run (there is no {CONFIG})") from error
-    except (
-        OSError,
-        UnicodeDecodeError,
-        json.JSONDecodeError,
-        TypeError,
-        AttributeError,
-        ValueError,
-    ) as error:
+    except (OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(
             f"--workdir: {path} cannot be read ({reason}); restore it or choose another"
