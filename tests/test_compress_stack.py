@@ -7,12 +7,10 @@ import os
 import re
 import signal
 
-import jax
 import numpy as np
 import optax
 import pytest
-from compress_tools import DEVICES, configured, train
-from jax.experimental.compilation_cache import compilation_cache
+from compress_tools import DEVICES, compiled_once, configured, train  # noqa: F401
 
 from fastformer import compress
 from fastformer.compress import Compression, Method, store
@@ -20,23 +18,6 @@ from fastformer.compress.frame import METHODS
 from fastformer.core.errors import FieldError, UserError
 from fastformer.train import loop, modes
 from fastformer.train.logging import MetricsLog
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Let the trainings here share what XLA compiled."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 class Tracer(Method):
