@@ -196,8 +196,9 @@ def test_restored_on_another_mesh(made, folder, tmp_path):
     with saved(made, tmp_path, (4,)):
         pass
     config = tiny_config(folder)
-    for key, value in {"mesh.data": "2", "mesh.fsdp": "2", "mesh.tensor": "2", "sharding.V": "()"}.items():
-        set_key(config, key, value)
+    for axis in ("fsdp", "tensor", "sequence"):
+        set_key(config, f"mesh.{axis}", "2")
+    set_key(config, "sharding.V", "()")
     run = build_run(config, tmp_path)
     with use(run.mesh, run.rules), contextlib.closing(Checkpoints(tmp_path, 2)) as checkpoints:
         restored = checkpoints.restore_latest(abstract_state(run, make_optimiser(config)[0]))

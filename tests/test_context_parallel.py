@@ -93,7 +93,7 @@ def test_neighbours_hand_over_and_nobody_gathers_time(outcomes):
         (
             {"model__attention__name": "topk"},
             r"config.model.attention.name: topk cannot split rows in time over config.mesh.sequence; "
-            "variants that are context_parallel: softmax, local, linear,.* gated_delta",
+            "variants that are context_parallel: softmax, latent, local, linear,.* gated_delta",
         ),
         ({"data__length": 18}, "config.data.length: 18 does not split over the 4 devices of sequence"),
     ],

@@ -41,13 +41,15 @@ def attend(
     k_seq: Seq,
     mask: Mask = Mask(),
     bend: Bend = Bend(),
-    **options,
+    *,
+    past: int | None = 0,
+    block: int = BLOCK,
 ) -> jax.Array:
     """Return ``softmax(q k^T / sqrt(K)) v``, [B, T, H, P] in the dtype of ``v``.
 
     The arguments are those of ``attend_part``.
     """
-    y_BTHP, _ = attend_part(q_BTHK, k_BSGK, v_BSGP, q_seq, k_seq, mask, bend, **options)
+    y_BTHP, _ = attend_part(q_BTHK, k_BSGK, v_BSGP, q_seq, k_seq, mask, bend, past=past, block=block)
     return y_BTHP.astype(v_BSGP.dtype)
 
 
@@ -63,7 +65,6 @@ def attend_part(
     past: int | None = 0,
     block: int = BLOCK,
     fades: tuple[Fade, Fade] | None = None,
-    ordered: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Return ``(y_BTHP, log_BTH)`` float32: the attention to these keys, and the log of its total weight.
 
@@ -74,10 +75,9 @@ def attend_part(
         queries do not share a timeline (cross-attention).
       block: tokens in a block.
       fades: of queries [B, T, H] and of keys [B, S, H]; their difference is added to the scores.
-      ordered: those ``past`` keys are the tokens just before the first query, in order.
     """
     seqs, sizes = (q_seq, k_seq), _Sizes.of(q_BTHK, k_BSGK, block)
-    plan, blocks = _lay_out(sizes, (q_BTHK, k_BSGK, v_BSGP), seqs, mask, bend, past, ordered)
+    plan, blocks = _lay_out(sizes, (q_BTHK, k_BSGK, v_BSGP), seqs, mask, bend, past)
     if fades is not None:
         clean = (Fade(*(zero_padding(x, s) for x in fade)) for fade, s in zip(fades, seqs))
         groups = sizes.groups
@@ -108,7 +108,7 @@ def part_gradients(
     """
     q_BTHK, k_BSGK, _ = qkv
     sizes = _Sizes.of(q_BTHK, k_BSGK, block)
-    plan, blocks = _lay_out(sizes, qkv, seqs, mask, bend, past, False)
+    plan, blocks = _lay_out(sizes, qkv, seqs, mask, bend, past)
     log_BTH = jnp.where(found[1] > -jnp.inf, found[1], jnp.inf)
     y, dy = (sizes.to_rows(x) for x in (found[0], cotangents[0]))
     log, dlog = (sizes.to_rows(x[..., None])[..., 0] for x in (log_BTH, cotangents[1]))
@@ -146,27 +146,25 @@ class _Sizes(NamedTuple):
         return x.reshape(self.batch, -1, self.groups * self.share, x.shape[-1])[:, : self.time]
 
 
-def _lay_out(sizes: _Sizes, qkv, seqs: tuple[Seq, Seq], mask: Mask, bend: Bend, past, ordered: bool):
+def _lay_out(sizes: _Sizes, qkv, seqs: tuple[Seq, Seq], mask: Mask, bend: Bend, past: int | None):
     """Return the plan, and q, k, v and both Seqs in blocks, clean at padding."""
     q_BTHK, k_BSGK, v_BSGP = (zero_padding(x, s) for x, s in zip(qkv, (seqs[0], seqs[1], seqs[1])))
     q_NBGRK = sizes.to_rows(q_BTHK)
     k_NBGCK, v_NBGCP = (_to_blocks(x, sizes.block).transpose(0, 1, 3, 2, 4) for x in (k_BSGK, v_BSGP))
     where = tuple(Seq(*(_to_blocks(x, sizes.block) for x in s)) for s in seqs)
-    pairs = _pairs(len(q_NBGRK), len(k_NBGCK), sizes.block, mask, past, ordered)
+    pairs = _pairs(len(q_NBGRK), len(k_NBGCK), sizes.block, mask, past)
     return Plan(pairs, mask, bend, sizes.share), (q_NBGRK, k_NBGCK, v_NBGCP, where)
 
 
-def _pairs(
-    queries: int, keys: int, block: int, mask: Mask, past: int | None, ordered: bool
-) -> tuple[tuple[int, int], ...]:
+def _pairs(queries: int, keys: int, block: int, mask: Mask, past: int | None) -> tuple[tuple[int, int], ...]:
     first_q, first_k = np.arange(queries) * block, np.arange(keys) * block
     if past is None:
         seen = np.ones((queries, keys), bool)
     else:
         seen = mask.blocks(first_q, first_k - past, block)
-        if not ordered:  # a ring: its blocks are seen by every query within reach of its end
-            reach = (first_q < mask.window) if mask.window else np.ones(queries, bool)
-            seen |= reach[:, None] & (first_k < past)[None, :]
+        # The past is in any order (a ring): its blocks are seen by every query within reach of its end.
+        reach = (first_q < mask.window) if mask.window else np.ones(queries, bool)
+        seen |= reach[:, None] & (first_k < past)[None, :]
     return tuple((int(i), int(j)) for i, j in np.argwhere(seen))
 
 

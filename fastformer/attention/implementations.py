@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from fastformer.attention import blocked, splash
-from fastformer.attention.ring import Part, ring, with_halo
+from fastformer.attention.ring import Part, Shifted, ring, with_halo
 from fastformer.attention.scores import Bend, Mask
 from fastformer.attention.splash import LANES
 from fastformer.attention.time_shards import TimeShards, by_shard, time_shards
@@ -129,7 +129,8 @@ def attend_split(
         if not mask.window and past == 0:
             return ring(IMPLEMENTATIONS[name].part(case), split, mask, q, k, v, seq)
         if name == "xla":
-            return blocked.attend_part(q, k, v, seq, k_seq, mask, bend, past=before, ordered=True)
+            shifted = Shifted(mask, before) if before else mask
+            return blocked.attend_part(q, k, v, seq, k_seq, shifted, bend, past=past)
         no_log.append(name)
         return IMPLEMENTATIONS[name].run(q, k, v, seq, k_seq, case), jnp.zeros(q.shape[:3])
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fastformer.attention.scores import Mask
 from fastformer.attention.time_shards import TimeShards
@@ -112,6 +113,26 @@ def _joined(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> t
     least = jnp.where(log_BTH > -jnp.inf, log_BTH, 0.0)
     shares = (jnp.exp(log - least)[..., None] for log in (a[1], b[1]))
     return sum(share * y for share, y in zip(shares, (a[0], b[0]))), log_BTH
+
+
+class Shifted(NamedTuple):
+    """A mask whose keys begin ``before`` tokens before its queries."""
+
+    mask: Mask
+    before: int
+
+    @property
+    def window(self) -> int:
+        """Return the mask's."""
+        return self.mask.window
+
+    def visible(self, q_seq: Seq, k_seq: Seq) -> jax.Array:
+        """Return the boolean mask [B, T, S]; positions are those of the row."""
+        return self.mask.visible(q_seq, k_seq)
+
+    def blocks(self, first_q: np.ndarray, first_k: np.ndarray, size: int) -> np.ndarray:
+        """Return which key blocks can hold a key that a query block sees, [queries, keys] bool."""
+        return self.mask.blocks(first_q, first_k - self.before, size)
 
 
 def with_halo(

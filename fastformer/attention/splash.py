@@ -46,7 +46,7 @@ def _forward(soft_cap: float, q_BTHK, k_BSGK, v_BSGP, seqs: tuple[Seq, Seq], mas
     from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import DEFAULT_MASK_VALUE
 
     q, k, v = _heads_first((q_BTHK, k_BSGK, v_BSGP), seqs)
-    kernel = _kernel(q.shape[1], (q.shape[2], k.shape[2], 0), mask, soft_cap, save_residuals=True)
+    kernel = _kernel(q.shape[1], (q.shape[2], k.shape[2], 0), mask, soft_cap, logs=True)
     y_BHTP, (log_BHT,) = jax.vmap(kernel)(q, k, v, _segments(seqs))
     # Where nothing is seen the kernel returns an average of all values, and about its mask's value.
     log_BHT = jnp.where(log_BHT > DEFAULT_MASK_VALUE / 2, log_BHT, -jnp.inf)
@@ -99,8 +99,12 @@ def _segments(seqs: tuple[Seq, Seq]) -> Any:
     return SegmentIds(seqs[0].segment_BT, seqs[1].segment_BT)
 
 
-def _kernel(heads: int, sizes: tuple[int, int, int], mask: Mask, soft_cap: float, **options) -> Any:
-    """Return the kernel for ``sizes``: queries, keys, and how many of those stand before the queries."""
+def _kernel(heads: int, sizes: tuple[int, int, int], mask: Mask, soft_cap: float, logs: bool = False) -> Any:
+    """Return the kernel for ``sizes``: queries, keys, and how many of those stand before the queries.
+
+    Args:
+      logs: it returns the log of the total weight too, and has no gradient.
+    """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -118,5 +122,5 @@ def _kernel(heads: int, sizes: tuple[int, int, int], mask: Mask, soft_cap: float
         head_shards=1,
         q_seq_shards=1,
         attn_logits_soft_cap=soft_cap or None,
-        **options,
+        save_residuals=logs,
     )
