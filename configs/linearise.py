@@ -6,6 +6,7 @@ the same adapters); and lolcats_untaught (the whole of the run on the task, with
 Command: python launch.py --config=configs/linearise.py:lolcats
   needs runs/quickstart first: python launch.py --config=configs/quickstart.py
   of another model, the same section model, and: --config.compress.linearise.teacher=runs/other
+Expect: not run at this length.
 """
 
 from ml_collections import ConfigDict
