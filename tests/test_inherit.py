@@ -184,3 +184,20 @@ def test_a_run_begins_with_another(tmp_path, capsys):
         with pytest.raises(UserError, match=f"config.train.init: .*{message}"):
             loop.train(config, tmp_path / "bad", DEVICES)
     assert jnp.isfinite(fresh)
+
+
+def test_a_run_of_no_steps_compresses_what_it_begins_with(tmp_path, capsys):
+    none = {"optimiser__warmup_steps": 0, "evaluate__every": 0}
+    with pytest.raises(UserError, match="config.train.steps: 0 is not allowed; it must be 1 or more"):
+        loop.train(configured(tmp_path, train__steps=0, **none), tmp_path / "alone", DEVICES)
+    first = train(configured(tmp_path, train__steps=1, **none), tmp_path / "first")
+    config = configured(tmp_path, "prune", train__steps=0, train__init=str(first), **none)
+    for said in ("trained and evaluated", "is finished: step 0, held-out"):
+        train(config, tmp_path / "pruned")
+        assert said in capsys.readouterr().out
+    found = {name: json.loads((tmp_path / name / "result.json").read_text()) for name in ("first", "pruned")}
+    assert found["pruned"]["step"] == 0 and found["pruned"]["train_tokens_per_second"] is None
+    assert found["pruned"]["bytes_on_disk"] < found["first"]["bytes_on_disk"]
+    before, after = (run["quality"]["bits_per_byte"] for run in found.values())
+    assert before != after and abs(before - after) < 0.5
+    assert "not trained further" in (tmp_path / "pruned" / "report.md").read_text()
