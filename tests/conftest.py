@@ -11,11 +11,11 @@ FLAGS = (
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
 )
-if version("jaxlib").startswith("0.10."):
-    # Its older emitters compile the many small loops here in half the time. XLA ends a process over a flag
-    # that it does not know, and later ones may not.
-    FLAGS += ("--xla_cpu_use_fusion_emitters=false",)
-os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *FLAGS))
+# XLA's older emitters compile the many small loops here in half the time. A process ends over a flag that its
+# XLA does not know, and those of later versions and of libtpu may not.
+QUICK = "--xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else ""
+ALL_KNOW = " ".join((os.environ.get("XLA_FLAGS", ""), *FLAGS))
+os.environ["XLA_FLAGS"] = f"{ALL_KNOW} {QUICK}"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -25,6 +25,8 @@ import pytest  # noqa: E402
 from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.devices()  # reads the flags, once
+os.environ["XLA_FLAGS"] = ALL_KNOW
 
 
 def variant(item: pytest.Item) -> str:
