@@ -11,15 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastformer.core import config as configuration
-from fastformer.core.errors import UserError, nearest
+from fastformer.core import distributed, launchers
+from fastformer.core.errors import UserError, explain, nearest
 
 FROM_CONFIG = ("train", "prepare", "benchmark", "compile", "import")  # the others take a run's own
 ROOT = Path(__file__).resolve().parent
 MODES = ("train", "prepare", "evaluate", "generate", "benchmark", "compile", "import", "export")
-TOO_LARGE = (
-    "out of memory; lower config.train.batch or config.data.length, or raise config.train.accumulate; "
-    "config.model.remat=full keeps less"
-)
 ASKED = {  # flags, their mode, and what they are
     "prompt": ("generate", "text to continue"),
     "source": ("generate", "text to translate, or @FILE of lines"),
@@ -58,6 +55,7 @@ def parser() -> Parser:
         "--experiment", metavar="FOLDER", help="run all arms of an experiment that have no result yet"
     )
     p.add_argument("--smoke", action="store_true", help="with --experiment: a short form, written elsewhere")
+    p.add_argument("--launcher", choices=launchers.LAUNCHERS, help="who starts config.distributed.processes")
     p.epilog = "--config.<key>=<value> changes any key of the config; configs/base.py lists them all."
     return p
 
@@ -87,8 +85,12 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]
     for name, (mode, _) in ASKED.items():
         if getattr(flags, name) and flags.mode != mode:
             raise UserError(f"--{name}: goes with --mode={mode}")
-    if flags.experiment and (flags.config or flags.mode or flags.workdir or overrides):
-        raise UserError("--experiment: takes its configuration from its folder; only --smoke goes with it")
+    if flags.launcher and flags.mode not in (None, "train"):
+        raise UserError("--launcher: goes with --mode=train and --experiment")
+    given = [key for key, _ in overrides if not (flags.launcher and key.startswith("distributed."))]
+    if flags.experiment and (flags.config or flags.mode or flags.workdir or given):
+        also = "--smoke, and --launcher with config.distributed, go with it"
+        raise UserError(f"--experiment: takes its configuration from its folder; only {also}")
     return flags, overrides
 
 
@@ -110,10 +112,12 @@ def lines_of(values: Sequence[str]) -> list[str]:
 def run(argv: Sequence[str]) -> int:
     """Do what the flags say; return the exit code."""
     flags, overrides = parse(argv)
+    launch = Path(os.path.relpath(ROOT / "launch.py"))
     if flags.experiment:
         from fastformer.report.experiment import run_experiment
 
-        return run_experiment(flags.experiment, flags.smoke, Path(os.path.relpath(ROOT / "launch.py")))
+        start = launchers.side_by_side(flags.launcher, overrides) if flags.launcher else None
+        return run_experiment(flags.experiment, flags.smoke, launch, start)
     mode, config = flags.mode or "train", None
     if flags.config:
         config = configuration.load(flags.config, overrides)
@@ -121,8 +125,9 @@ def run(argv: Sequence[str]) -> int:
         also = "" if mode in FROM_CONFIG else ", or --workdir=DIR of a run"
         raise UserError(f"--mode={mode}: needs --config=FILE, as in --config=configs/quickstart.py{also}")
     workdir = Path(flags.workdir or f"runs/{config.name}")
+    if flags.launcher:
+        return launchers.launch(flags.launcher, [sys.executable, str(launch), *argv], config, workdir)
     # What follows imports JAX, which takes seconds: a mistake in a flag or key is answered before.
-    from fastformer.core import distributed
     from fastformer.train import modes
 
     if config is not None:
@@ -139,19 +144,16 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return run(sys.argv[1:])
-    except UserError as error:
-        print(f"launch.py: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("stopped; the same command starts again", file=sys.stderr)
         return 0
-    except (MemoryError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in reason:
+    except Exception as error:
+        told = explain(error)
+        if told is None:
             raise
-        print(f"launch.py: {TOO_LARGE} ({reason or 'MemoryError'})", file=sys.stderr)
-        return 2
+        print(f"launch.py: {told[1]}", file=sys.stderr)
+        return told[0]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    distributed.leave(main())

@@ -101,6 +101,9 @@ def test_train_again_evaluate_generate(tmp_path, capsys, monkeypatch):
         ((BASE, "--config.task.name=recall"), "python_code holds no synthetic; sources that do: synthetic"),
         ((BASE, "--config.model.name=encoder"), "the task text trains no encoder"),
         ((BASE, "--smoke"), "--smoke: goes with --experiment"),
+        ((BASE, "--launcher=local", "--mode=evaluate"), "--launcher: goes with --mode=train"),
+        (("--experiment=experiments/mixers", "--launcher=local"), "--launcher: local goes with --config"),
+        (("--experiment=experiments/mixers", "--launcher=slurm", "--config.seed=1"), "takes its"),
         (("--config=configs/bsae.py",), "no file configs/bsae.py; did you mean configs/base.py?"),
         (("--config=configs/base.py:arm",), "takes no argument"),
         (("--config=experiments/mixers/config.py",), "needs an arm"),
@@ -180,7 +183,7 @@ def test_a_mistake_in_a_real_process_has_no_traceback():
 def test_the_flags_are_these():
     flags = {flag for flag in launch.parser()._option_string_actions if flag.startswith("--")}
     asked = {"--prompt", "--source", "--question", "--context"}
-    asked |= {"--topology", "--weights", "--format", "--output"}
+    asked |= {"--topology", "--weights", "--format", "--output", "--launcher"}
     assert flags == asked | {"--help", "--config", "--mode", "--workdir", "--experiment", "--smoke"}
 
 

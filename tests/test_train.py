@@ -84,6 +84,7 @@ def test_every_step_that_is_due_has_its_line(straight):
     assert [line["step"] for line in train] == list(range(1, 13))
     assert set(train[0]) == {
         "step", "split", "loss", "learning_rate", "gradient_norm", "tokens_per_second", "seconds",
+        "utilisation", "data_wait", "memory_bytes",
     }  # fmt: skip
     heldout = [line for line in lines(straight) if line["split"] == "heldout"]
     assert [line["step"] for line in heldout] == [6, 12, 12]  # the last one again on all rows
@@ -220,7 +221,7 @@ def test_a_key_that_nobody_knows(folder, tmp_path):
 
 def test_training_that_diverges_says_so(folder, tmp_path, monkeypatch):
     metrics = {"loss": jnp.nan, "gradient_norm": 1.0, "taken": False, "streak": 3, "skipped": 3}
-    broken = CompiledStep(lambda state, batch: (state, metrics), traced=None, seconds=0.0, memory_bytes=0)
+    broken = CompiledStep(lambda state, batch: (state, metrics), flops=0, seconds=0.0, memory_bytes=0)
     monkeypatch.setattr(loop, "compile_all", lambda *_: {"float32": broken})
     with pytest.raises(UserError, match="the loss of step 1 is nan"):
         loop.train(configured(folder, train__bad_steps=3), tmp_path, DEVICES)

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
 Value = TypeVar("Value")
+
+TOO_LARGE = (
+    "out of memory; lower config.train.batch or config.data.length, or raise config.train.accumulate; "
+    "config.model.remat=full keeps less"
+)
+FULL = ("No space left on device", "Disk quota exceeded", "File too large")
 
 
 class UserError(Exception):
@@ -43,3 +50,20 @@ def require(ok: bool, field: str, value: Any, allowed: str) -> None:
     """Raise a FieldError unless ``ok``; ``allowed`` says in words which values are."""
     if not ok:
         raise FieldError(field, f"{value!r} is not allowed; it must be {allowed}")
+
+
+def explain(error: BaseException) -> tuple[int, str] | None:
+    """Return the exit code and the line that an error costs; None where a traceback is of more use.
+
+    2 is the user's mistake, to be mended before the same command goes on; 1 is not.
+    """
+    if isinstance(error, UserError):
+        return 2, str(error)
+    reason = " ".join(str(error).split())[:200]
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in reason:
+        return 2, f"{TOO_LARGE} ({reason or 'MemoryError'})"
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or any(text in str(error) for text in FULL):
+        what = "the disk is full; make room, and the same command goes on from the last checkpoint"
+        return 1, f"{what} ({reason})"
+    return None
