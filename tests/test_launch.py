@@ -156,6 +156,11 @@ def test_a_lack_of_memory_is_told_and_another_failure_is_not_hidden(capsys, monk
         assert launch.main() == 2
         err = capsys.readouterr().err
         assert "out of memory; lower config.train.batch" in err and err.count("\n") == 1
+    for error, word in ((OSError(28, "No space left on device"), "full"), (OSError(5, "I/O"), "mend that")):
+        monkeypatch.setattr(launch, "run", failing(error))
+        assert launch.main() == 1
+        err = capsys.readouterr().err
+        assert word in err and "goes on from the last checkpoint" in err and err.count("\n") == 1
     monkeypatch.setattr(launch, "run", failing(RuntimeError("INTERNAL")))
     with pytest.raises(RuntimeError, match="INTERNAL"):
         launch.main()

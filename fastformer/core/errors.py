@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import os
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
@@ -13,7 +14,9 @@ TOO_LARGE = (
     "out of memory; lower config.train.batch or config.data.length, or raise config.train.accumulate; "
     "config.model.remat=full keeps less"
 )
-FULL = ("No space left on device", "Disk quota exceeded", "File too large")
+FULL = errno.ENOSPC, errno.EDQUOT
+BROKEN = errno.EROFS, errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM
+GOES_ON = "the same command then goes on from the last checkpoint"
 
 
 class UserError(Exception):
@@ -59,11 +62,13 @@ def explain(error: BaseException) -> tuple[int, str] | None:
     """
     if isinstance(error, UserError):
         return 2, str(error)
-    reason = " ".join(str(error).split())[:200]
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in reason:
-        return 2, f"{TOO_LARGE} ({reason or 'MemoryError'})"
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if full or any(text in str(error) for text in FULL):
-        what = "the disk is full; make room, and the same command goes on from the last checkpoint"
-        return 1, f"{what} ({reason})"
+    reason = " ".join(str(error).split())
+    number = getattr(error, "errno", None) if isinstance(error, OSError) else None
+    # What is under orbax has errors of its own, with the system's words in them.
+    if number in FULL or any(os.strerror(code) in reason for code in FULL):
+        return 1, f"the disk is full; make room, and {GOES_ON} ({reason[:200]})"
+    if number in BROKEN:
+        return 1, f"a file cannot be read or written; mend that, and {GOES_ON} ({reason[:200]})"
+    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in reason:
+        return 2, f"{TOO_LARGE} ({reason[:200] or 'MemoryError'})"
     return None

@@ -112,7 +112,8 @@ def _results(result: Mapping[str, Any]) -> str:
         rows.append(("model FLOPs utilisation", f"{found} ({ceiling['origin']})"))
     if "data_wait_fraction" in result:
         share = result["data_wait_fraction"]
-        rows.append(("of training, waiting for data", f"{share:.1%}" + ": data is slow" * (share > SLOW_DATA)))
+        verdict = ": data is too slow" if share > SLOW_DATA else ""
+        rows.append(("of training, waiting for data", f"{share:.1%}{verdict}"))
     if result.get("skipped_steps"):
         rows.append(("steps skipped (not finite, or a spike)", tables.number(result["skipped_steps"])))
     for back in result.get("rollbacks", ()):

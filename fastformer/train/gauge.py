@@ -22,7 +22,7 @@ from fastformer.train.setup import Run
 from fastformer.train.state import TrainState
 from fastformer.train.step import CompiledStep, abstract_batch, jit_train_step
 
-SIDES = {"cpu": 1024}  # of the matrices by platform
+SIDES = {"cpu": 512}  # of the matrices by platform
 LARGE = 8192  # where no side is named: what fills a GPU or TPU
 PRODUCTS, REPEATS = 4, 3  # in a row, without waiting; the best of so many rows counts
 
