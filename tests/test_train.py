@@ -308,7 +308,7 @@ def test_a_key_that_nobody_knows(folder, tmp_path):
 
 def test_training_that_diverges_says_so(folder, tmp_path, monkeypatch):
     metrics = {"loss": jnp.nan, "gradient_norm": 1.0, "taken": False, "streak": 3, "skipped": 3}
-    broken = CompiledStep(lambda state, batch: (state, metrics), flops=0, seconds=0.0, memory_bytes=0)
+    broken = CompiledStep(lambda state, batch: (state, metrics), "float32", 0, seconds=0.0, memory_bytes=0)
     monkeypatch.setattr(loop, "compile_all", lambda *_: {"float32": broken})
     with pytest.raises(UserError, match="the loss of step 1 is nan"):
         loop.train(configured(folder, train__bad_steps=3), tmp_path, DEVICES)

@@ -48,6 +48,8 @@ def supervise(command: Sequence[str], options: DistributedConfig, workdir: Path)
     with passing_on(ranks.signal) as asked:
         while True:
             code, what = ranks.run(asked)
+            if what and asked:
+                tell(what)
             if code in (DONE, USER_MISTAKE) or asked:
                 return code
             if newest(workdir) > reached:
@@ -117,7 +119,8 @@ class Ranks:
             held = shown.read()  # shown a moment later, unless it is what a process says as it dies
             time.sleep(TICK)
             codes = [process.poll() for process in self._processes]
-            failed = [index for index, code in enumerate(codes) if code]
+            # A signal may end a process that has not begun to listen yet.
+            failed = [index for index, code in enumerate(codes) if code and -code not in asked]
             if failed:
                 # The others fail within moments, for the want of it; what was killed is the cause.
                 index = min(failed, key=lambda i: (codes[i] != USER_MISTAKE, codes[i] > 0, i))
@@ -126,7 +129,7 @@ class Ranks:
             if None not in codes:
                 _show(shown.read())
                 return DONE, ""
-            first_end = first_end or (time.monotonic() if DONE in codes else None)
+            first_end = first_end or (time.monotonic() if any(code is not None for code in codes) else None)
             if first_end and time.monotonic() - first_end > LINGER:
                 what = f"process {codes.index(None)} goes on {LINGER:.0f} s after another has ended"
                 return (DONE if asked else FAILED), what

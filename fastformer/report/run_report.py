@@ -107,7 +107,8 @@ def _results(result: Mapping[str, Any]) -> str:
     for name, (title, write) in MEASURES.items():
         if result.get(name, 0) is not None:  # None: a model of this kind has none
             rows.append((title, write(result.get(name))))
-    if ceiling := result.get("ceiling"):
+    if result.get("utilisation") is not None:
+        ceiling = result["ceiling"]
         found = f"{result['utilisation']:.3g} of {tables.count(ceiling['flops_per_second'])}FLOP/s"
         rows.append(("model FLOPs utilisation", f"{found} ({ceiling['origin']})"))
     if "data_wait_fraction" in result:

@@ -15,12 +15,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fastformer.compress import within
+from fastformer.compress.method import bare
 from fastformer.core.dtypes import POLICIES
-from fastformer.report.cost import flops
 from fastformer.train.logging import EVENTS, LogConfig
 from fastformer.train.setup import Run
 from fastformer.train.state import TrainState
-from fastformer.train.step import CompiledStep, abstract_batch, jit_train_step
+from fastformer.train.step import CompiledStep, abstract_batch, count, jit_train_step
 
 SIDES = {"cpu": 512}  # of the matrices by platform
 LARGE = 8192  # where no side is named: what fills a GPU or TPU
@@ -32,37 +32,47 @@ class Gauge:
     """What training's speed is measured against.
 
     Attributes:
-      step_flops: of the matrix products of one step that computes nothing twice, over all devices.
+      step_flops: of the matrix products of one step that computes nothing twice, over all devices; None
+        where they cannot be counted.
       ceiling: FLOPs a second that all devices reach together in a product of large matrices.
       origin: how the ceiling was measured, in words.
     """
 
-    step_flops: int
+    step_flops: int | None
     ceiling: float
     origin: str
 
-    def utilisation(self, steps_per_second: float) -> float:
+    def utilisation(self, steps_per_second: float) -> float | None:
         """Return the part of the ceiling used: model FLOPs utilisation (Chowdhery et al., 2204.02311)."""
-        return self.step_flops * steps_per_second / self.ceiling
+        return None if self.step_flops is None else self.step_flops * steps_per_second / self.ceiling
 
 
 def make_gauge(
     run: Run, tx: Any, schedule: Any, abstract: TrainState, program: CompiledStep, frozen: Mapping[str, Any]
 ) -> Gauge:
     """Measure the ceiling, once in a process, and count a step; within core.mesh.use."""
-    policy = run.config.model.dtype
-    reached = ceiling(run.mesh, jnp.dtype(POLICIES[policy].compute).name)
-    device = run.mesh.devices.flat[0]
-    side = SIDES.get(device.platform, LARGE)
-    origin = f"products of {side} x {side} matrices in {POLICIES[policy].compute.__name__}, at the start"
-    once = _once(run)
-    same = once.model == run.model and (device.platform == "cpu" or run.config.model.implementation == "xla")
-    if same:
+    dtype = jnp.dtype(POLICIES[program.policy].compute).name
+    platform = run.mesh.devices.flat[0].platform
+    side = SIDES.get(platform, LARGE)
+    config = bare(run.model).config
+    once = _once(config, platform)
+    if once == config:
         counted = program.flops
     else:
-        step = jit_train_step(once, tx, schedule, abstract)
-        counted = flops(step, abstract, abstract_batch(run), dict(frozen))
-    return Gauge(counted, reached, origin)
+        plain = dataclasses.replace(run, model=within(run.model, lambda inner: inner.clone(config=once)))
+        step = jit_train_step(plain, tx, schedule, abstract, program.policy)
+        counted = count(step.trace(abstract, abstract_batch(run), dict(frozen)))
+    origin = f"products of {side} x {side} matrices in {dtype}, at the start"
+    return Gauge(counted, ceiling(run.mesh, dtype), origin)
+
+
+def _once(config: Any, platform: str) -> Any:
+    """Return the model's configuration in which nothing is computed twice, and a trace shows all products."""
+    if set(config.remat) != {"none"} or config.loss_chunk:
+        config = dataclasses.replace(config, remat=("none",), loss_chunk=0)
+    if platform != "cpu":  # kernels hide their products
+        config = dataclasses.replace(config, implementation="xla")
+    return config
 
 
 @functools.cache
@@ -82,18 +92,6 @@ def ceiling(mesh: Mesh, dtype: str) -> float:
 
     row()  # compiles
     return mesh.size * PRODUCTS * 2 * side**3 / min(row() for _ in range(REPEATS))
-
-
-def _once(run: Run) -> Run:
-    """Return the run whose step computes nothing twice, of products that a trace shows."""
-
-    def model(inner: Any) -> Any:
-        config = dataclasses.replace(inner.config, remat=("none",), loss_chunk=0)
-        if run.mesh.devices.flat[0].platform != "cpu":  # kernels hide their products
-            config = dataclasses.replace(config, implementation="xla")
-        return inner.clone(config=config)
-
-    return dataclasses.replace(run, model=within(run.model, model))
 
 
 class Trace:

@@ -102,7 +102,7 @@ def write_result(
         "train_tokens_per_second": pace * tokens,
         "decode_tokens_per_second": decode_tokens_per_second(run.model, weights) if decodes else None,
         "state_bytes": state_bytes(run.model, config.data.length) if decodes else None,
-        "flops_per_token": step_fn.flops // tokens,
+        "flops_per_token": None if step_fn.flops is None else step_fn.flops // tokens,
         "utilisation": gauge.utilisation(pace),
         "ceiling": {"flops_per_second": gauge.ceiling, "origin": gauge.origin},
         "data_wait_fraction": times.waiting / max(times.stepping, 1e-9),

@@ -151,7 +151,8 @@ class Session:
         if step % config.log.every == 0:
             values = {"loss": loss, "learning_rate": float(metrics["learning_rate"]), "gradient_norm": norm}
             values |= {"tokens_per_second": speed, "seconds": self.times.run}
-            values |= {"utilisation": self.gauge.utilisation(pace)}
+            utilisation = self.gauge.utilisation(pace)
+            values |= {} if utilisation is None else {"utilisation": utilisation}
             values |= {"data_wait": (self.times.waiting - self.marked[2]) / max(steps, 1)}
             values |= {"memory_bytes": peak_memory_bytes(self.run.mesh, self.program)}
             values |= {"skipped_steps": skipped} if skipped else {}

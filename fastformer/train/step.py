@@ -32,13 +32,15 @@ class CompiledStep:
 
     Attributes:
       call: ``(state, batch) -> (state, metrics)``; it takes over the state's memory.
-      flops: of its matrix products, as it stands, over all devices.
+      policy: a row of core.dtypes.POLICIES.
+      flops: of its matrix products, as it stands, over all devices; None where they cannot be counted.
       seconds: spent compiling.
       memory_bytes: that XLA plans for on one device: arguments, results and temporaries.
     """
 
     call: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-    flops: int
+    policy: str
+    flops: int | None
     seconds: float
     memory_bytes: int
 
@@ -131,10 +133,19 @@ def compile_train_step(
     )
     return CompiledStep(
         lambda state, batch: compiled(state, batch, frozen),
-        flops_of(traced.jaxpr),
+        policy or run.config.model.dtype,
+        count(traced),
         time.perf_counter() - start,
         int(memory),
     )
+
+
+def count(traced: Any) -> int | None:
+    """Return the FLOPs of a traced program; None where a loop hides how many there are."""
+    try:
+        return flops_of(traced.jaxpr)
+    except ValueError:
+        return None
 
 
 def compile_all(
