@@ -92,10 +92,11 @@ class Job:
         if cancelled:
             return DONE
         codes, what = self._outcome()
+        if USER_MISTAKE in codes:
+            print(_last_line(self._task_of(codes.index(USER_MISTAKE))), file=sys.stderr, flush=True)
+            return USER_MISTAKE
         if FAILED not in codes:
-            if USER_MISTAKE in codes:
-                print(_last_line(self._job, codes.index(USER_MISTAKE)), file=sys.stderr)
-            return max(codes)
+            return DONE
         if newest(self._workdir) > self._reached:
             self._left, self._reached = self._options.restarts, newest(self._workdir)
         if not self._left:
@@ -106,16 +107,23 @@ class Job:
         self._submit()
         return None
 
+    def _task_of(self, index: int) -> Any:
+        return self._job.task(index) if self._job.num_tasks > 1 else self._job
+
     def _outcome(self) -> tuple[list[int], str]:
-        try:
-            return self._job.results(), ""
-        except Exception as error:  # what submitit raises for a job that left no result, or failed
-            found = re.findall(r"^RuntimeError: (.*)", str(error), re.MULTILINE)
-            return [FAILED], (found or [type(error).__name__])[-1]
+        """Return each task's exit code, and how one of them failed."""
+        codes, what = [], ""
+        for index in range(self._job.num_tasks):
+            try:
+                codes.append(self._task_of(index).result())
+            except Exception as error:  # what submitit raises for a job that left no result, or failed
+                found = re.findall(r"^RuntimeError: (.*)", str(error), re.MULTILINE)
+                codes.append(FAILED)
+                what = what or (found or [type(error).__name__])[-1]
+        return codes, what
 
 
-def _last_line(job: Any, index: int) -> str:
-    task = job.task(index) if job.num_tasks > 1 else job
+def _last_line(task: Any) -> str:
     lines = (task.stderr() or "").strip().splitlines()
     return next((line for line in reversed(lines) if line.startswith("launch.py: ")), "")
 
@@ -184,7 +192,8 @@ def _executor(workdir: Path, options: DistributedConfig) -> Any:
     allowed = f"a multiple of the {nodes} nodes of config.distributed.slurm"
     require(options.processes % nodes == 0, "config.distributed.processes", options.processes, allowed)
     settings |= {"tasks_per_node": options.processes // nodes, "name": workdir.name}
-    settings["slurm_srun_args"] = ["--kill-on-bad-exit=1"]  # or the others would wait for one that died
+    # Or the others would wait for one that died.
+    settings.setdefault("slurm_srun_args", ["--kill-on-bad-exit=1"])
     # submitit's own process finds this package by it.
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     try:
