@@ -130,6 +130,8 @@ def get_config() -> ConfigDict:
 
     c.log = ConfigDict()
     c.log.every = 10  # steps between lines of metrics.jsonl and TensorBoard events
+    c.log.trace_from = 10  # the first step that the profiler watches
+    c.log.trace_steps = 0  # how many it watches, for TensorBoard and XProf; 0 is none
 
     c.mesh = ConfigDict()  # devices along each axis; -1 is all that remain
     c.mesh.data = -1  # copies of the model, each on its own rows
@@ -141,6 +143,8 @@ def get_config() -> ConfigDict:
     c.distributed.coordinator = ""  # host:port of process 0; auto asks TPU pods, Slurm, MPI; "" is alone
     c.distributed.processes = 1
     c.distributed.index = 0  # of this process
+    c.distributed.restarts = 3  # by a --launcher, without a new checkpoint between, of processes that died
+    c.distributed.slurm = ()  # ("nodes=2", "timeout_min=600", "slurm_partition=gpu"): settings of submitit
 
     c.sharding = ConfigDict()  # which mesh axes each letter of the alphabet is split over
     c.sharding.B = ("data", "fsdp")
