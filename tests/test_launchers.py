@@ -57,7 +57,7 @@ def undisturbed(folder, compiled_once):
     """Return the workdir of a run as a job of submitit's local executor."""
     settings = "--config.distributed.slurm=cluster=local,timeout_min=30"
     process = start(folder, folder / "job", "slurm", settings)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=900)
     assert process.returncode == 0, err
     assert err.startswith("launcher: job ") and err.count("\n") == 1
     return folder / "job"
@@ -81,12 +81,12 @@ def test_killed_then_stopped_then_ended_it_is_as_if_nothing_had_happened(folder,
     assert "; starting all 2 again from step " in line and line.endswith(" (2 restarts left)\n")
     kill_and_resume.wait_for_step(process, tmp_path, 16)
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=900)
     assert process.returncode == 0 and err == "" and out.count("; the same command goes on from there") == 1
     stopped = int(out.partition("stopped and saved at step ")[2].partition(";")[0])
     assert 16 <= stopped < STEPS and (tmp_path / "checkpoints" / str(stopped)).is_dir()
     process = start(folder, tmp_path, "local")
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=900)
     assert process.returncode == 0 and f"going on from step {stopped}" in out, err
     assert kill_and_resume.losses(tmp_path) == kill_and_resume.losses(undisturbed)
 
