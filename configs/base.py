@@ -117,6 +117,7 @@ def get_config() -> ConfigDict:
     c.evaluate.rows = 0  # held-out rows in an evaluation during training; 0 is all (the last one takes all)
     c.evaluate.overlap = 0  # tokens of each held-out row that are context only, already scored before
     c.evaluate.batch = 0  # rows at once; 0 is train.batch
+    c.evaluate.state_rows = 32  # held-out rows read token by token where generate.state is not float; 0 is all
 
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 500  # steps between checkpoints; one more is written at the end
@@ -151,6 +152,7 @@ def get_config() -> ConfigDict:
     c.generate.seed = 0  # of sampling
     c.generate.beams = 1  # that go on at once in beam search; 1 is none
     c.generate.length_penalty = 0.6  # of beam search: 0 is none, the larger the longer
+    c.generate.state = "float"  # or int8: keys, values and memories as they are kept from token to token
     c.generate.prompt = ""  # continued at the end of training, for result.json and report.md
 
     c.benchmark = ConfigDict()

@@ -21,7 +21,7 @@ from fastformer.compress.store import WEIGHTS
 from fastformer.core import config as configuration
 from fastformer.core.trees import count
 from fastformer.data.atomic import atomic
-from fastformer.decode import decode_tokens_per_second
+from fastformer.decode import decode_tokens_per_second, stored
 from fastformer.report.cost import flops, state_bytes
 from fastformer.report.run_report import REPORT, write_report
 from fastformer.train import deployed
@@ -81,7 +81,7 @@ def write_result(
     """
     config, step = run.config, int(state.step)
     tokens = config.train.batch * config.data.length
-    decodes = hasattr(run.model, "init_state")
+    decodes, decoder = hasattr(run.model, "init_state"), stored(run.model, config.generate.state)
     samples = run.task.samples(completer(run, weights), run.data, config.generate.prompt)
     stored = deployed.to_bytes(run, weights)
     abstract = jax.eval_shape(lambda: state)
@@ -96,8 +96,8 @@ def write_result(
         "parameters": count(state.params),
         "bytes_on_disk": len(stored),
         "train_tokens_per_second": step * tokens / max(times["stepping"], 1e-9),
-        "decode_tokens_per_second": decode_tokens_per_second(run.model, weights) if decodes else None,
-        "state_bytes": state_bytes(run.model, config.data.length) if decodes else None,
+        "decode_tokens_per_second": decode_tokens_per_second(decoder, weights) if decodes else None,
+        "state_bytes": state_bytes(decoder, config.data.length) if decodes else None,
         "flops_per_token": flops(step_fn.traced, abstract, abstract_batch(run)) // tokens,
         "peak_memory_bytes": peak_memory_bytes(run.mesh, step_fn),
         "wall_seconds": times["run"],

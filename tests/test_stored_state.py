@@ -1,0 +1,159 @@
+"""States kept in int8: what is rounded, how far outputs move, and that errors do not add up over time."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_decode import LENGTH, STREAMING, Bytes, model_of, options, untrained
+
+from fastformer.attention import VARIANTS
+from fastformer.attention.recurrence import Memory
+from fastformer.core.seq import Seq, whole
+from fastformer.core.trees import nbytes, paths
+from fastformer.decode import TokenByToken, decode_tokens_per_second, generate, stored
+from fastformer.decode.stored import Rounded, load, store
+
+# Kinds of state: slots that grow, a ring, clusters and decays beside the keys, memories, a normaliser as a
+# column, vectors alone, a window of tokens, inputs.
+KINDS = ("softmax", "local", "lsh", "forgetting", "linear", "gated_delta", "rg_lru", "aft", "hyena")
+EXACT = {"lsh": 2, "routing": 1, "mlstm": 1} | {
+    name: 1 for name in ("linear", "performer", "random_features", "based", "hedgehog", "cosformer")
+}
+VECTORS = ("rg_lru",)  # whose state has no array that is rounded
+
+
+def shapes(model):
+    return jax.eval_shape(lambda: model.init_state(2, LENGTH))
+
+
+@pytest.mark.parametrize("name", STREAMING)
+def test_every_state_is_kept_small_and_fits(name):
+    """Nothing is computed: which arrays are rounded, their bytes, and that a step gives back the same."""
+    model = untrained(name)
+    small, one = stored(model, "int8"), (jnp.zeros((2, 1), jnp.int32), whole(2, 1))
+    state, floats = shapes(small), shapes(model)
+    rounded = [x for x in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, Rounded)) if type(x) is Rounded]
+    assert bool(rounded) == (name not in VECTORS)
+    for x in rounded:
+        assert x.numbers.dtype == jnp.int8 and x.exact.shape[-1] in (0, EXACT.get(name, 0))
+        assert x.numbers.shape[-1] + x.exact.shape[-1] >= 4
+    assert any(x.exact.shape[-1] for x in rounded) == (name in EXACT)
+    assert nbytes(state) < nbytes(floats) * (1 if rounded else 2)
+    params = jax.eval_shape(lambda: model.init(jax.random.key(0), *one))
+    after = jax.eval_shape(lambda params, state: small.apply(params, *one, state)[1], params, state)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    assert jax.eval_shape(load, state).__class__ is floats.__class__
+    assert paths(jax.eval_shape(load, state)).keys() == paths(floats).keys()
+
+
+@functools.lru_cache(maxsize=1)
+def tokens(length):
+    return jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, length)), jnp.int32)
+
+
+def packed(length):
+    """Two segments, the second after padding."""
+    segment = np.repeat([[1] * (length // 2) + [0] * 2 + [2] * (length - length // 2 - 2)], 2, axis=0)
+    position = np.concatenate([np.arange(length // 2), [0, 0], np.arange(length - length // 2 - 2)])
+    return Seq(jnp.asarray(segment, jnp.int32), jnp.asarray(np.repeat(position[None], 2, 0), jnp.int32))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_outputs_move_little(name):
+    model, params = model_of(name)
+    seq = packed(LENGTH)
+
+    @jax.jit
+    def both(params):
+        run = (TokenByToken(stored(model, kind)) for kind in ("float", "int8"))
+        return [one.apply({"params": params}, tokens(LENGTH), seq)[0] for one in run]
+
+    want, got = both(params)
+    whole_row = model.apply({"params": params}, tokens(LENGTH), seq)[0]
+    real = np.asarray(seq.segment_BT) > 0
+    np.testing.assert_allclose(want[real], whole_row[real], atol=2e-3, rtol=1e-3)
+    error = np.sqrt(np.mean((got - want)[real] ** 2) / np.mean(want[real] ** 2))
+    assert error < 0.03
+    assert (error > 0) == (name not in VECTORS)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_cache_is_rounded_once(dtype):
+    """A token's numbers, once written, stay the same to the bit for as long as it is kept."""
+    mixer = VARIANTS["softmax"](heads=2, head_width=16, dtype=dtype, parent=None)
+    small = stored(mixer, "int8")
+    x_BTD = jax.random.normal(jax.random.key(0), (1, 200, 32)).astype(dtype)
+    params = small.init(jax.random.key(1), x_BTD[:, :1], whole(1, 1))
+
+    @jax.jit
+    def run(params):
+        def one(state, t):
+            x_B1D = jax.lax.dynamic_slice_in_dim(x_BTD, t, 1, axis=1)
+            state = small.apply(params, x_B1D, whole(1, 1, t), state)[1]
+            return state, (state.key_BSGK.numbers, state.key_BSGK.scale)
+
+        return jax.lax.scan(one, small.init_state(1, 200), jnp.arange(200))[1]
+
+    numbers, scale = map(np.asarray, run(params))
+    for slot in (0, 57, 150):
+        later = numbers[slot:, 0, slot]
+        assert np.all(later == later[0]) and np.abs(later[0]).max() > 100
+        assert np.all(scale[slot:, 0, slot] == scale[slot, 0, slot])
+
+
+def test_what_is_rewritten_does_not_freeze():
+    """A sum of many small numbers comes to what it is, which rounding to the nearest would never let it."""
+    width, steps = 8, 600
+    old = Memory(
+        Rounded(
+            jnp.zeros((1, 1, 4, width), jnp.int8),
+            jnp.zeros((1, 1, 4, 1), jnp.bfloat16),
+            jnp.zeros((1, 1, 4, 0)),
+        ),
+        jnp.zeros((1,), jnp.int32),
+    )
+    add = jnp.broadcast_to(jnp.linspace(0.1, 1.0, width)[None, None, None], (1, 1, 4, width))
+
+    def one(state, t):
+        floats = load(state)
+        return store(floats._replace(memory_BGKP=floats.memory_BGKP + add), state, whole(1, 1, t)), None
+
+    end = load(jax.lax.scan(one, old, jnp.arange(steps))[0]).memory_BGKP
+    error = np.sqrt(np.mean((end - steps * add) ** 2) / np.mean((steps * add) ** 2))
+    assert error < 0.2  # to the nearest: 0.57
+
+
+def test_a_row_at_rest_stays_to_the_bit():
+    model, params = model_of("gated_delta")
+    small = stored(model, "int8")
+    apply = jax.jit(lambda p, ids, seq, state: small.apply({"params": p}, ids, seq, state)[1])
+    state = apply(params, tokens(LENGTH)[:, :8], whole(2, 8), small.init_state(2, LENGTH))
+    rest = Seq(jnp.asarray([[0], [1]], jnp.int32), jnp.full((2, 1), 8, jnp.int32))
+    after = apply(params, tokens(LENGTH)[:, 8:9], rest, state)
+    moved = jax.tree.map(lambda a, b: [bool(np.any(x != y)) for x, y in zip(a, b)], state, after)
+    moved = np.asarray([x for x in jax.tree.leaves(moved, is_leaf=lambda x: isinstance(x, list)) if x])
+    assert not moved[:, 0].any() and moved[:, 1].any()
+
+
+@pytest.mark.parametrize("settings", [{}, {"beams": 2}])
+def test_generation_from_int8(settings):
+    import dataclasses
+
+    model, params = model_of("softmax")
+    prompts = ["def add(", "x"]
+    plain = options()
+    small = dataclasses.replace(plain, state="int8", **settings)
+    got = generate(model, params, Bytes(), prompts, small, LENGTH)
+    want = generate(model, params, Bytes(), prompts, dataclasses.replace(plain, **settings), LENGTH)
+    assert [len(text) > 0 for text in got] == [len(text) > 0 for text in want]
+    assert got[0].split(",")[:2] == want[0].split(",")[:2]
+
+
+def test_speed_is_measured_through_it():
+    model, params = model_of("linear")
+    assert math.isfinite(decode_tokens_per_second(stored(model, "int8"), params, tokens=4, repeats=1))
