@@ -25,6 +25,7 @@ ASKED = {  # flags, their mode, and what they are
     "source": ("generate", "text to translate, or @FILE of lines"),
     "question": ("generate", "to be answered from --context"),
     "context": ("generate", "text that holds the answer"),
+    "sentence": ("generate", "text to compare with the others, two or more, or @FILE of lines"),
     "topology": ("compile", "TPUs to compile for, as v5e:16x16"),
     "weights": ("import", "a .gguf file, a Hugging Face directory, or the name of a model on its hub"),
     "format": ("export", "huggingface, gguf, gguf:q8_0, gguf:q4_0 or stablehlo"),
@@ -129,7 +130,8 @@ def run(argv: Sequence[str]) -> int:
         distributed.join(config)
     if mode in ("evaluate", "generate"):
         config = modes.of_run(workdir, config, () if flags.config else overrides)
-    asked = {name: getattr(flags, name) for name in ASKED} | {"source": lines_of(flags.source or [])}
+    asked = {name: getattr(flags, name) for name in ASKED}
+    asked |= {name: lines_of(getattr(flags, name) or []) for name in ("source", "sentence")}
     modes.MODES[mode](config, workdir, {name: texts for name, texts in asked.items() if texts})
     return 0
 

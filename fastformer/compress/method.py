@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import optax
 
-from fastformer.models.wrapped import Wrapped, at, bare, within
+from fastformer.core.wrapped import Wrapped, at, bare, within
 
 __all__ = ["Calibration", "Loss", "Method", "Place", "Wrapped", "at", "bare", "within"]
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from fastformer.attention import Mixer
 from fastformer.core.seq import Seq
-from fastformer.models.wrapped import Wrapped
+from fastformer.core.wrapped import Wrapped
 
 STATES = ("float", "int8")  # what config.generate.state may be
 LETTERS = 4  # of the names of arrays that are rounded

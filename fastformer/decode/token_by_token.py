@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from fastformer.core.seq import Seq
-from fastformer.models.wrapped import Wrapped
+from fastformer.core.wrapped import Wrapped
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ def write_result(
     tokens = config.train.batch * config.data.length
     decodes, decoder = hasattr(run.model, "init_state"), stored(run.model, config.generate.state)
     samples = run.task.samples(completer(run, weights), run.data, config.generate.prompt)
-    stored = deployed.to_bytes(run, weights)
+    packed = deployed.to_bytes(run, weights)
     abstract = jax.eval_shape(lambda: state)
     found = {
         "name": config.name,
@@ -94,7 +94,7 @@ def write_result(
         "yardsticks": run.data.yardsticks(),
         "samples": samples,
         "parameters": count(state.params),
-        "bytes_on_disk": len(stored),
+        "bytes_on_disk": len(packed),
         "train_tokens_per_second": step * tokens / max(times["stepping"], 1e-9),
         "decode_tokens_per_second": decode_tokens_per_second(decoder, weights) if decodes else None,
         "state_bytes": state_bytes(decoder, config.data.length) if decodes else None,
@@ -111,7 +111,7 @@ def write_result(
         "command": shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]]),
     }
     if jax.process_index() == 0:
-        for name, content in ((WEIGHTS, stored), (RESULT, (json.dumps(found, indent=2) + "\n").encode())):
+        for name, content in ((WEIGHTS, packed), (RESULT, (json.dumps(found, indent=2) + "\n").encode())):
             with atomic(run.workdir / name) as file:
                 file.write(content)
         write_report(run.workdir)
