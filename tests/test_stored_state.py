@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import math
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compress_tools import configured, train
 from test_decode import LENGTH, STREAMING, Bytes, model_of, options, untrained
 
 from fastformer.attention import VARIANTS
 from fastformer.attention.recurrence import Memory
+from fastformer.core.config import section
+from fastformer.core.errors import UserError
 from fastformer.core.seq import Seq, whole
 from fastformer.core.trees import nbytes, paths
-from fastformer.decode import TokenByToken, decode_tokens_per_second, generate, stored
+from fastformer.decode import GenerateConfig, TokenByToken, generate, stored
 from fastformer.decode.stored import Rounded, load, store
 
-# Kinds of state: slots that grow, a ring, clusters and decays beside the keys, memories, a normaliser as a
-# column, vectors alone, a window of tokens, inputs.
-KINDS = ("softmax", "local", "lsh", "forgetting", "linear", "gated_delta", "rg_lru", "aft", "hyena")
+# Kinds of state: slots, clusters beside the keys, a normaliser as a column, a memory, vectors, a window.
+KINDS = ("softmax", "lsh", "linear", "gated_delta", "rg_lru", "aft")
 EXACT = {"lsh": 2, "routing": 1, "mlstm": 1} | {
     name: 1 for name in ("linear", "performer", "random_features", "based", "hedgehog", "cosformer")
 }
@@ -53,9 +54,8 @@ def test_every_state_is_kept_small_and_fits(name):
     assert paths(jax.eval_shape(load, state)).keys() == paths(floats).keys()
 
 
-@functools.lru_cache(maxsize=1)
 def tokens(length):
-    return jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, length)), jnp.int32)
+    return np.random.default_rng(0).integers(0, 256, (2, length)).astype(np.int32)
 
 
 def packed(length):
@@ -72,16 +72,14 @@ def test_outputs_move_little(name):
 
     @jax.jit
     def both(params):
-        run = (TokenByToken(stored(model, kind)) for kind in ("float", "int8"))
-        return [one.apply({"params": params}, tokens(LENGTH), seq)[0] for one in run]
+        small = TokenByToken(stored(model, "int8"))
+        return [one.apply({"params": params}, tokens(LENGTH), seq)[0] for one in (model, small)]
 
     want, got = both(params)
-    whole_row = model.apply({"params": params}, tokens(LENGTH), seq)[0]
     real = np.asarray(seq.segment_BT) > 0
-    np.testing.assert_allclose(want[real], whole_row[real], atol=2e-3, rtol=1e-3)
     error = np.sqrt(np.mean((got - want)[real] ** 2) / np.mean(want[real] ** 2))
-    assert error < 0.03
-    assert (error > 0) == (name not in VECTORS)
+    assert error < (1e-4 if name in VECTORS else 0.03)
+    assert error > 1e-4 or name in VECTORS
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -142,18 +140,23 @@ def test_a_row_at_rest_stays_to_the_bit():
     assert not moved[:, 0].any() and moved[:, 1].any()
 
 
-@pytest.mark.parametrize("settings", [{}, {"beams": 2}])
-def test_generation_from_int8(settings):
-    model, params = model_of("softmax")
-    prompts = ["def add(", "x"]
-    plain = options()
-    small = dataclasses.replace(plain, state="int8", **settings)
-    got = generate(model, params, Bytes(), prompts, small, LENGTH)
-    want = generate(model, params, Bytes(), prompts, dataclasses.replace(plain, **settings), LENGTH)
-    assert [len(text) > 0 for text in got] == [len(text) > 0 for text in want]
-    assert got[0].split(",")[:2] == want[0].split(",")[:2]
+def test_beams_go_on_from_int8():
+    model, params = model_of("gated_delta")
+    small = dataclasses.replace(options(4), state="int8", beams=2)
+    got = generate(model, params, Bytes(), ["def add(", "x"], small, LENGTH)
+    assert all(got) and got[0] != got[1]
 
 
-def test_speed_is_measured_through_it():
-    model, params = model_of("linear")
-    assert math.isfinite(decode_tokens_per_second(stored(model, "int8"), params, tokens=4, repeats=1))
+def test_a_run_reports_what_it_costs(tmp_path):
+    config = configured(tmp_path, generate__state="int8", evaluate__state_rows=0)
+    train(config, tmp_path / "run")
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    quality = result["quality"]
+    assert quality["bits_per_byte_float_state"] == pytest.approx(quality["bits_per_byte"], rel=1e-5)
+    cost = quality["bits_per_byte_int8_state"] - quality["bits_per_byte"]
+    assert 0 < abs(cost) < 0.01
+    keys = 2 * 16 * 2 * (8 + 2)  # and values, of 16 tokens and 2 heads of 8 numbers with a scale
+    assert result["state_bytes"] == keys + 2 * 16 * 4 + 4
+    assert "bits per byte int8 state" in (tmp_path / "run" / "report.md").read_text()
+    with pytest.raises(UserError, match="config.generate.state: 'int4' is unknown"):
+        section(GenerateConfig, configured(tmp_path, generate__state="int4"), "generate")
