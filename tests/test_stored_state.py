@@ -100,32 +100,32 @@ def test_a_cache_is_rounded_once(dtype):
         return jax.lax.scan(one, small.init_state(1, 200), jnp.arange(200))[1]
 
     numbers, scale = map(np.asarray, run(params))
-    for slot in (0, 57, 150):
-        later = numbers[slot:, 0, slot]
-        assert np.all(later == later[0]) and np.abs(later[0]).max() > 100
-        assert np.all(scale[slot:, 0, slot] == scale[slot, 0, slot])
+    each = np.arange(200)
+    assert np.all(numbers[each, 0, each] == numbers[-1, 0]) and np.abs(numbers[-1]).max(axis=-1).min() > 100
+    assert np.all(scale[each, 0, each] == scale[-1, 0])
 
 
-def test_what_is_rewritten_does_not_freeze():
-    """A sum of many small numbers comes to what it is, which rounding to the nearest would never let it."""
-    width, steps = 8, 600
-    old = Memory(
-        Rounded(
-            jnp.zeros((1, 1, 4, width), jnp.int8),
-            jnp.zeros((1, 1, 4, 1), jnp.bfloat16),
-            jnp.zeros((1, 1, 4, 0)),
-        ),
-        jnp.zeros((1,), jnp.int32),
+def test_what_is_rewritten_is_right_on_average():
+    """The sum of 600 random outer products: 10 % off, and 16 % when each is rounded to the nearest."""
+    steps, keys, values = 600, 16, 32
+    rng = np.random.default_rng(1)
+    key = jnp.asarray(np.maximum(rng.standard_normal((steps, keys)), 0) + 0.1, jnp.float32)
+    value = jnp.asarray(rng.standard_normal((steps, values)), jnp.float32)
+    empty = Rounded(
+        jnp.zeros((1, 1, keys, values), jnp.int8),
+        jnp.zeros((1, 1, keys, 1), jnp.bfloat16),
+        jnp.zeros((1, 1, keys, 0)),
     )
-    add = jnp.broadcast_to(jnp.linspace(0.1, 1.0, width)[None, None, None], (1, 1, 4, width))
 
     def one(state, t):
         floats = load(state)
-        return store(floats._replace(memory_BGKP=floats.memory_BGKP + add), state, whole(1, 1, t)), None
+        new = floats._replace(memory_BGKP=floats.memory_BGKP + (key[t][:, None] * value[t][None])[None, None])
+        return store(new, state, floats, whole(1, 1, t)), None
 
-    end = load(jax.lax.scan(one, old, jnp.arange(steps))[0]).memory_BGKP
-    error = np.sqrt(np.mean((end - steps * add) ** 2) / np.mean((steps * add) ** 2))
-    assert error < 0.2  # to the nearest: 0.57
+    end = jax.lax.scan(one, Memory(empty, jnp.zeros((1,), jnp.int32)), jnp.arange(steps))[0]
+    want = jnp.einsum("TK,TP->KP", key, value)
+    error = load(end).memory_BGKP[0, 0] - want
+    assert jnp.linalg.norm(error) < 0.13 * jnp.linalg.norm(want)
 
 
 def test_a_row_at_rest_stays_to_the_bit():

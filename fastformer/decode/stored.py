@@ -1,9 +1,9 @@
 """States of decoding in eight bits: what a layer remembers is rounded when it is put away.
 
-A layer's own code sees floats: its state is made float again before it runs and rounded after. So every
-variant that streams is served, and one layer's floats exist at a time. Which arrays are rounded is read off
-their names: those of four letters or more, as key_BSGK and memory_BGKP. Fewer letters are vectors that decide
-over many numbers at once (normalisers, levels, decays, positions), and small.
+A layer's own code sees floats: its state is made float again before it runs and rounded after, so that every
+variant that streams is served. Which arrays are rounded is read off their names: those of four letters or
+more, as key_BSGK and memory_BGKP. Fewer letters are vectors that decide over many numbers at once
+(normalisers, levels, decays, positions), and small.
 """
 
 from __future__ import annotations
@@ -66,8 +66,9 @@ def _between(next_call: Any, args: Any, kwargs: Any, context: Any) -> Any:
     if not isinstance(context.module, Mixer) or context.method_name != "__call__" or args[2] is None:
         return next_call(*args, **kwargs)
     x_BTD, seq, old, *rest = args
-    y_BTD, new = next_call(x_BTD, seq, load(old), *rest, **kwargs)
-    return y_BTD, store(new, old, seq)
+    floats = load(old)
+    y_BTD, new = next_call(x_BTD, seq, floats, *rest, **kwargs)
+    return y_BTD, store(new, old, floats, seq)
 
 
 def _first(state: Any, exact_columns: Any) -> Any:
@@ -96,17 +97,16 @@ def load(state: Any) -> Any:
     return jax.lax.optimization_barrier(jax.tree.map(one, state, is_leaf=_is_rounded))
 
 
-def store(new: Any, old: Any, seq: Seq) -> Any:
+def store(new: Any, old: Any, before: Any, seq: Seq) -> Any:
     """Return the state ``new``, of floats, rounded where ``old`` is.
 
     Slots that hold what they held stay as they are, so that a cache is rounded once however long it is kept.
     What is written anew with every token is rounded up or down in turns, by how far it lies between: to the
-    nearest it would never move again once a step's change is less than half of a number.
+    nearest one, a change of less than half a number would be lost each time, and errors add up to more.
 
     Args:
-      seq: of the tokens between them.
+      before: ``old`` as floats, which ``new`` was made from. seq: of the tokens between them.
     """
-    before = load(old)
     real_B = jnp.any(seq.segment_BT > 0, axis=1)
     position_B = jnp.max(jnp.where(seq.segment_BT > 0, seq.position_BT, 0), axis=1)
 
@@ -128,8 +128,9 @@ def _round(x: jax.Array, position_B: jax.Array | None) -> tuple[jax.Array, jax.A
     x = x.astype(jnp.float32)
     wide = jnp.max(jnp.abs(x), axis=-1, keepdims=True) / LARGEST
     if position_B is not None:
-        # Up to the next bfloat16: the largest would be cut off at each step, and never grow.
-        bits = jax.lax.bitcast_convert_type(wide, jnp.uint32) + jnp.uint32(0xFFFF)
+        # Up to the next bfloat16: the largest would be cut off at each step, and never grow. But a scale
+        # that is one already stays, whichever way the division was rounded.
+        bits = jax.lax.bitcast_convert_type(wide * (1 - 2.0**-20), jnp.uint32) + jnp.uint32(0xFFFF)
         wide = jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32)
     scale = wide.astype(jnp.bfloat16)
     wide = scale.astype(jnp.float32)
