@@ -99,13 +99,13 @@ def through_state(run: Run, params: Any) -> dict[str, float]:
     Once through the state as it is and once as config.generate.state stores it, so that the difference is
     what storing it costs. Empty where it is stored as it is, and of models that have no state of their rows.
     """
-    state, metric = run.config.generate.state, run.task.metric
+    state, metric = section(GenerateConfig, run.config, "generate").state, run.task.metric
     if state == "float" or not hasattr(run.model, "init_state") or run.model.reads_sources:
         return {}
     found = {}
     for name in ("float", state):
         model = TokenByToken(stored(run.model, name))
-        rows = run.config.evaluate.state_rows
+        rows = section(EvaluateConfig, run.config, "evaluate").state_rows
         quality = make_evaluate(dataclasses.replace(run, model=model))(params, rows).quality
         found[f"{metric}_{name}_state"] = quality[metric]
     return found
