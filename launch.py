@@ -46,7 +46,8 @@ def run(argv: Sequence[str]) -> int:
         distributed.join(config)
     if mode in ("evaluate", "generate"):
         config = modes.of_run(workdir, config, () if flags.config else overrides)
-    asked = {name: getattr(flags, name) for name in ASKED} | {"source": lines_of(flags.source or [])}
+    asked = {name: getattr(flags, name) for name in ASKED}
+    asked |= {name: lines_of(getattr(flags, name) or []) for name in ("source", "sentence")}
     modes.MODES[mode](config, workdir, {name: texts for name, texts in asked.items() if texts})
     return 0
 

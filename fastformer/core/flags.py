@@ -17,6 +17,7 @@ ASKED = {  # flags, their mode, and what they are
     "source": ("generate", "text to translate, or @FILE of lines"),
     "question": ("generate", "to be answered from --context"),
     "context": ("generate", "text that holds the answer"),
+    "sentence": ("generate", "text to compare with the others, two or more, or @FILE of lines"),
     "topology": ("compile", "TPUs to compile for, as v5e:16x16"),
     "weights": ("import", "a .gguf file, a Hugging Face directory, or the name of a model on its hub"),
     "format": ("export", "huggingface, gguf, gguf:q8_0, gguf:q4_0 or stablehlo"),

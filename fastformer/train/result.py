@@ -23,7 +23,7 @@ from fastformer.compress.store import WEIGHTS
 from fastformer.core import config as configuration
 from fastformer.core.trees import count
 from fastformer.data.atomic import atomic
-from fastformer.decode import decode_tokens_per_second
+from fastformer.decode import decode_tokens_per_second, stored
 from fastformer.report.cost import state_bytes
 from fastformer.report.run_report import REPORT, write_report
 from fastformer.train import deployed
@@ -88,9 +88,9 @@ def write_result(
       rollbacks: from which step the run went back to which.
     """
     config, step = run.config, int(state.step)
-    decodes = hasattr(run.model, "init_state")
+    decodes, decoder = hasattr(run.model, "init_state"), stored(run.model, config.generate.state)
     samples = run.task.samples(completer(run, weights), run.data, config.generate.prompt)
-    stored = deployed.to_bytes(run, weights)
+    packed = deployed.to_bytes(run, weights)
     found = {
         "name": config.name,
         "step": step,
@@ -100,9 +100,9 @@ def write_result(
         "yardsticks": run.data.yardsticks(),
         "samples": samples,
         "parameters": count(abstract_params(dataclasses.replace(run, model=bare(run.model)))),
-        "bytes_on_disk": len(stored),
-        "decode_tokens_per_second": decode_tokens_per_second(run.model, weights) if decodes else None,
-        "state_bytes": state_bytes(run.model, config.data.length) if decodes else None,
+        "bytes_on_disk": len(packed),
+        "decode_tokens_per_second": decode_tokens_per_second(decoder, weights) if decodes else None,
+        "state_bytes": state_bytes(decoder, config.data.length) if decodes else None,
         **(_of_training(run, step_fn, gauge, times, step) if step_fn else {}),
         "wall_seconds": times.run,
         "skipped_steps": int(state.guard.skipped),
@@ -115,7 +115,7 @@ def write_result(
         "command": shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]]),
     }
     if jax.process_index() == 0:
-        for name, content in ((WEIGHTS, stored), (RESULT, (json.dumps(found, indent=2) + "\n").encode())):
+        for name, content in ((WEIGHTS, packed), (RESULT, (json.dumps(found, indent=2) + "\n").encode())):
             with atomic(run.workdir / name) as file:
                 file.write(content)
         write_report(run.workdir)
