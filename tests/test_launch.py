@@ -252,7 +252,7 @@ def test_a_mistake_in_a_real_process_has_no_traceback():
 def test_the_flags_are_these():
     flags = {flag for flag in command_line.parser()._option_string_actions if flag.startswith("--")}
     asked = {"--prompt", "--source", "--question", "--context"}
-    asked |= {"--topology", "--weights", "--format", "--output", "--launcher"}
+    asked |= {"--sentence", "--topology", "--weights", "--format", "--output", "--launcher"}
     assert flags == asked | {"--help", "--config", "--mode", "--workdir", "--experiment", "--smoke"}
 
 
