@@ -33,10 +33,13 @@ def get_config() -> ConfigDict:
     c.model.heads = 4  # H: query heads
     c.model.kv_heads = 0  # G: key/value heads; 0 is as many as heads (MHA), 1 is MQA, between is GQA
     c.model.head_width = 0  # K = P: of one head; 0 is width / heads
-    c.model.ff_width = 0  # F: hidden neurons of the MLP; 0 is 4 width (gelu) or 8/3 width (swiglu)
+    c.model.ff_width = 0  # F: hidden neurons of the MLP; 0 is 4 width (gelus) or 8/3 width (swiglu)
     c.model.norm = "rms"  # or layer
     c.model.norm_epsilon = 0.0  # added to what a norm divides by the root of; 0 is 1e-6 (rms), 1e-5 (layer)
-    c.model.mlp = "swiglu"  # or gelu
+    c.model.norm_placement = "pre"  # norms before each branch and at the end; post is after each joined it
+    c.model.embedding_norm = False  # a norm of the embedding too, before the first block
+    c.model.token_types = 0  # an encoder's kinds of tokens with a vector each, as BERT's two sentences
+    c.model.mlp = "swiglu"  # or gelu (by tanh), gelu_erf (exact)
     c.model.bias = False  # the linear maps of mixers and MLPs have biases
     c.model.positions = "rope"  # or alibi, sinusoidal, learned, none
     c.model.rope_base = 10000.0  # wavelength of the slowest pair, in units of 2 pi tokens
@@ -123,6 +126,7 @@ def get_config() -> ConfigDict:
     c.evaluate.rows = 0  # held-out rows in an evaluation during training; 0 is all (the last one takes all)
     c.evaluate.overlap = 0  # tokens of each held-out row that are context only, already scored before
     c.evaluate.batch = 0  # rows at once; 0 is train.batch
+    c.evaluate.state_rows = 32  # held-out rows read token by token if generate.state is int8; 0 is all
 
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 500  # steps between checkpoints; one more is written at the end
@@ -130,6 +134,8 @@ def get_config() -> ConfigDict:
 
     c.log = ConfigDict()
     c.log.every = 10  # steps between lines of metrics.jsonl and TensorBoard events
+    c.log.trace_from = 10  # the first step that the profiler watches
+    c.log.trace_steps = 0  # how many it watches, for TensorBoard and XProf; 0 is none
 
     c.mesh = ConfigDict()  # devices along each axis; -1 is all that remain
     c.mesh.data = -1  # copies of the model, each on its own rows
@@ -141,6 +147,8 @@ def get_config() -> ConfigDict:
     c.distributed.coordinator = ""  # host:port of process 0; auto asks TPU pods, Slurm, MPI; "" is alone
     c.distributed.processes = 1
     c.distributed.index = 0  # of this process
+    c.distributed.restarts = 3  # by a --launcher, without a new checkpoint between, of processes that died
+    c.distributed.slurm = ()  # ("nodes=2", "timeout_min=600", "slurm_partition=gpu"): settings of submitit
 
     c.sharding = ConfigDict()  # which mesh axes each letter of the alphabet is split over
     c.sharding.B = ("data", "fsdp")
@@ -160,6 +168,7 @@ def get_config() -> ConfigDict:
     c.generate.seed = 0  # of sampling
     c.generate.beams = 1  # that go on at once in beam search; 1 is none
     c.generate.length_penalty = 0.6  # of beam search: 0 is none, the larger the longer
+    c.generate.state = "float"  # or int8: keys, values and memories as they are kept from token to token
     c.generate.prompt = ""  # continued at the end of training, for result.json and report.md
 
     c.benchmark = ConfigDict()

@@ -1,4 +1,4 @@
-"""Kill a training with -9 at random moments, go on, and compare with one left alone.
+"""Kill a training with -9 at random moments, every other time inside a save, and go on to the same end.
 
     python tests/kill_and_resume.py --times 10
 
@@ -74,32 +74,56 @@ def wait_for_step(process: subprocess.Popen, workdir: Path, step: int) -> None:
         time.sleep(0.005)
 
 
-def kill_once(folder: Path, workdir: Path, rng: random.Random) -> str:
-    """Kill a new training of ``workdir`` at a random step and go on to the end; return what was done."""
-    step = rng.randrange(STEPS)
+def wait_for_save(process: subprocess.Popen, workdir: Path) -> None:
+    """Wait until a checkpoint is being written, or the process has ended."""
+    while process.poll() is None and not torn(workdir):
+        time.sleep(0.0005)
+
+
+def torn(workdir: Path) -> list[str]:
+    """Return the names of checkpoints that are not whole."""
+    return [path.name for path in (workdir / "checkpoints").glob("*") if not path.name.isdigit()]
+
+
+def kill_once(folder: Path, workdir: Path, rng: random.Random, inside: bool = False) -> str:
+    """Kill a new training of ``workdir`` at a random step and go on to the end; return what was done.
+
+    Args:
+      inside: kill it while it writes a checkpoint.
+    """
+    step = rng.randrange(STEPS - 5 if inside else STEPS)
     process = start(folder, workdir)
     wait_for_step(process, workdir, step)
-    time.sleep(rng.uniform(0, 0.05))
+    if inside:
+        wait_for_save(process, workdir)
+    time.sleep(rng.uniform(0, 0.01 if inside else 0.05))
     process.kill()
     process.communicate()
+    left = torn(workdir)
     kept = sorted(int(path.name) for path in (workdir / "checkpoints").glob("[0-9]*") if path.name.isdigit())
     finish(folder, workdir)
-    return f"killed after step {step} or a little later, checkpoints {kept}"
+    where = f", inside a save ({left[0]})" if left else ""
+    return f"killed after step {step} or a little later{where}, checkpoints {kept}"
 
 
-def main(times: int, seed: int) -> bool:
-    """Kill ``times`` trainings, each of them once; return whether all ended as the one left alone."""
-    rng, good = random.Random(seed), 0
+def main(times: int, seed: int, inside: int = 2) -> bool:
+    """Kill ``times`` trainings, each of them once; return whether all ended as the one left alone.
+
+    Args:
+      inside: every so many-th is killed inside a save.
+    """
+    rng, good, within = random.Random(seed), 0, 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         finish(folder, folder / "alone")
         expected = losses(folder / "alone")
         for index in range(times):
-            done = kill_once(folder, folder / f"killed{index}", rng)
+            done = kill_once(folder, folder / f"killed{index}", rng, (index + 1) % inside == 0)
             same = losses(folder / f"killed{index}") == expected
-            good += same
+            good, within = good + same, within + ("inside a save" in done)
             print(f"{done}: {'the same losses' if same else 'DIFFERENT losses'}", flush=True)
-    print(f"{good} of {times} the same to the bit ({len(expected)} lines of metrics.jsonl each)")
+    lines = f"{len(expected)} lines of metrics.jsonl each"
+    print(f"{good} of {times} the same to the bit, {within} of them killed inside a save ({lines})")
     return good == times
 
 

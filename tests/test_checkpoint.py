@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
+import subprocess
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +15,7 @@ import pytest
 from tiny import tiny_config
 
 from fastformer.core.config import set_key
-from fastformer.core.errors import UserError
+from fastformer.core.errors import UserError, explain
 from fastformer.core.mesh import use
 from fastformer.train.checkpoint import Checkpoints, restore_params
 from fastformer.train.optimiser import make_optimiser
@@ -125,6 +128,8 @@ DAMAGE = {
     "weights deleted": lambda step: largest(step / "params").unlink(),
     "index deleted": lambda step: (step / "params" / "manifest.ocdbt").unlink(),
     "description flipped": lambda step: flip(step / "meta" / "metadata"),
+    "description deleted": lambda step: (step / "meta" / "metadata").unlink(),
+    "moments deleted": lambda step: shutil.rmtree(step / "rest"),
     "description empty": lambda step: (step / "meta" / "metadata").write_bytes(b""),
     "all files empty": lambda step: [p.write_bytes(b"") for p in step.rglob("*") if p.is_file()],
 }
@@ -189,6 +194,36 @@ def test_weights_of_another_model(made, folder, tmp_path):
     with pytest.raises(UserError, match=message) as error:
         restore_params(run)
     assert "\n" not in str(error.value)
+
+
+def test_weights_of_another_dtype(made, tmp_path):
+    run, abstract, state = made
+    other = state.replace(params=jax.tree.map(lambda x: x.astype(jnp.bfloat16), state.params))
+    with saved((run, abstract, other), tmp_path, (1,)) as checkpoints:
+        with pytest.raises(UserError, match=r"params/embedding is bfloat16\[257, 16\] in the checkpoint and"):
+            checkpoints.restore_latest(abstract)
+        assert checkpoints.steps() == [1]
+
+
+def test_a_disk_that_is_full_leaves_the_checkpoint_before(made, tmp_path):
+    """What is under orbax calls it RESOURCE_EXHAUSTED, as it does a lack of memory."""
+    mounted = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)]
+    if subprocess.run(mounted, capture_output=True).returncode:
+        pytest.skip("only root may make a small disk")
+    try:
+        with saved(made, tmp_path, (1,)):
+            pass
+        space = os.statvfs(tmp_path)
+        (tmp_path / "filler").write_bytes(bytes(space.f_bfree * space.f_frsize - 2**15))
+        with pytest.raises(Exception) as error, saved(made, tmp_path, (2,)):
+            pass
+        code, told = explain(error.value)
+        assert code == 1 and told.startswith("the disk is full; make room, and the same command")
+        (tmp_path / "filler").unlink()
+        with saved(made, tmp_path, (3,)) as checkpoints:
+            assert checkpoints.steps() == [1, 3]
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
 
 
 def test_restored_on_another_mesh(made, folder, tmp_path):

@@ -16,6 +16,7 @@ from data_tools import make, message, write_books
 from fastformer.core.errors import UserError
 from fastformer.data import load_tokeniser, open_data, stdlib, stream, user_files
 from fastformer.data.atomic import atomic
+from fastformer.data.order import endless
 from fastformer.data.rows import PADDING, Rows
 from fastformer.data.tokenisers import BPETokeniser, ByteTokeniser
 
@@ -194,6 +195,26 @@ def test_two_processes_share_an_epoch_exactly(text):
         assert not counts - every and sum(counts.values()) == steps * 8
         epochs.append(seen)
     assert epochs[0] != epochs[1]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_every_row_is_read_once_an_epoch_by_one_process_even_after_a_restart(processes):
+    """They may go on from the state of another number of processes."""
+
+    def start(index, count):
+        return endless(24, lambda indices: {"row": np.asarray(indices)}, 8, 0, index, count)
+
+    alone = start(0, 1)
+    seen = [next(alone)["row"].tolist()]
+    parts = [start(index, processes) for index in range(processes)]
+    for part in parts:
+        part.set_state(alone.get_state())
+    for _ in range(5):
+        rows = [next(part)["row"].tolist() for part in parts]
+        assert all(len(mine) == 8 // processes for mine in rows)
+        seen.append(sum(rows, []))
+    epochs = [sorted(sum(seen[start : start + 3], [])) for start in (0, 3)]
+    assert epochs == [list(range(24))] * 2 and seen[:3] != seen[3:]
 
 
 def test_seeds_give_orders_that_share_no_epoch(text):

@@ -38,14 +38,18 @@ def options(tokens=12, temperature=0.0, top_k=0, top_p=1.0, seed=0):
     return GenerateConfig(tokens, temperature, top_k, top_p, seed, "")
 
 
-@functools.lru_cache(maxsize=4)
-def model_of(name, positions="rope", pattern=()):
+def untrained(name, positions="rope", pattern=()):
     c = base.get_config()
     c.model.width, c.model.heads, c.model.kv_heads = 24, 4, 2
     c.model.layers = len(pattern) or 1
     c.model.positions, c.model.pattern = positions, pattern
     c.model.attention = {"name": name, **VARIANTS[name].small}
-    model = models.build(c, END + 1, LENGTH)
+    return models.build(c, END + 1, LENGTH)
+
+
+@functools.lru_cache(maxsize=4)
+def model_of(name, positions="rope", pattern=()):
+    model = untrained(name, positions, pattern)
     init = jax.jit(model.init)
     params = nn.unbox(init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32), whole(1, 4))["params"])
     # Larger weights than at the start: choices that hang on what was read before.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import jax
 import kill_and_resume
 import numpy as np
 import pytest
@@ -46,10 +47,10 @@ def test_two_processes_train_as_one(tmp_path):
     ],
 )
 def test_values_that_cannot_be(tmp_path, settings, message, monkeypatch):
-    def initialize():  # the real one may only be asked before JAX has looked for devices
+    def initialize(**_):  # the real one may only be asked before JAX has looked for devices
         raise ValueError("coordinator_address should be defined.")
 
-    monkeypatch.setattr(distributed.jax.distributed, "initialize", initialize)
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
     config = tiny_config(tmp_path)
     config.distributed.update(settings)
     with pytest.raises(UserError, match=message):

@@ -12,6 +12,7 @@ import pytest
 from tiny import tiny_config
 
 from fastformer.core import config as configuration
+from fastformer.core import launchers
 from fastformer.core.errors import UserError
 from fastformer.core.mesh import use
 from fastformer.report import experiment, folder, summary
@@ -143,12 +144,15 @@ with open("ran.txt", "a") as file:
 failure = Path(f"fail-{workdir.name}")
 if failure.exists():
     text = failure.read_text()
+    while text == "meet" and Path("ran.txt").read_text().count("\\n") < 4:
+        time.sleep(0.1)
     if text == "wait":
         signal.signal(signal.SIGTERM, lambda *_: (print("saved"), sys.exit(0)))
         print("waiting", flush=True)
         time.sleep(60)
-    print("Traceback: one", "the reason", "", sep="\\n", file=sys.stderr)
-    sys.exit(int(text))
+    if text != "meet":
+        print("Traceback: one", "the reason", "", sep="\\n", file=sys.stderr)
+        sys.exit(int(text))
 quality = {"bits_per_byte": 2.0 - config.optimiser.learning_rate + config.seed / 1000}
 numbers = dict.fromkeys(("parameters", "state_bytes", "flops_per_token", "train_tokens_per_second"), 100)
 origin = {"commit": "c0ffee", "versions": {"jax": "1"}, "device": "abacus"}
@@ -321,6 +325,22 @@ def test_a_signal_stops_the_run_under_way_and_starts_no_other(place):
     assert "saved" in rest and "rates: stopped; the same command goes on from here" in rest
     assert ran(place) == ["runs/rates/low-0"]
     assert "run 2 of 4" not in rest
+
+
+def test_arms_run_side_by_side_as_jobs(place, capfd):
+    """Three of them wait until all four have begun; one fails."""
+    for name, text in {"low-0": "meet", "high-0": "meet", "low-1": "meet", "high-1": "1"}.items():
+        (place / f"fail-{name}").write_text(text)
+    settings = [("distributed.slurm", "cluster=local,timeout_min=5"), ("distributed.restarts", "0")]
+    start = launchers.side_by_side("slurm", settings)
+    assert experiment.run_experiment("experiments/rates", False, Path("launch.py"), start) == 1
+    assert len(ran(place)) == 4
+    errors = capfd.readouterr().err
+    assert errors.count("launcher: job ") == 5
+    assert "failed (process 0 ended with exit code 1): giving up" in errors
+    assert "arm high, seed 1 failed with exit code 1: runs/rates/high-1 holds what it wrote" in errors
+    rows = folder.read_rows(place / "experiments/rates/results.jsonl")
+    assert {(row["arm"], row["seed"]) for row in rows} == {("low", 0), ("high", 0), ("low", 1)}
 
 
 def test_a_run_that_leaves_no_result_is_a_failure(place, capfd):

@@ -196,7 +196,7 @@ def test_a_run_of_no_steps_compresses_what_it_begins_with(tmp_path, capsys):
         train(config, tmp_path / "pruned")
         assert said in capsys.readouterr().out
     found = {name: json.loads((tmp_path / name / "result.json").read_text()) for name in ("first", "pruned")}
-    assert found["pruned"]["step"] == 0 and found["pruned"]["train_tokens_per_second"] is None
+    assert found["pruned"]["step"] == 0 and "train_tokens_per_second" not in found["pruned"]
     assert found["pruned"]["bytes_on_disk"] < found["first"]["bytes_on_disk"]
     before, after = (run["quality"]["bits_per_byte"] for run in found.values())
     assert before != after and abs(before - after) < 0.5

@@ -261,7 +261,7 @@ def test_what_is_refused_by_name(tmp_path):
         interop.write("ggfu", str(tmp_path / "new"), model, lambda: params, tokeniser)
     described = json.loads((folder / "config.json").read_text())
     for key, value, message in (
-        ("model_type", "bert", "its model_type is 'bert'"),
+        ("model_type", "t5", "its model_type is 't5'"),
         ("hidden_act", "relu", "its hidden_act is 'relu'"),
         ("attention_bias", True, "its attention_bias is True"),
         ("rope_parameters", {"rope_type": "llama3"}, "its rope_scaling is 'llama3'"),
@@ -275,7 +275,7 @@ def test_what_is_refused_by_name(tmp_path):
         refused(message)
     (folder / "config.json").write_text(json.dumps(described))
     (folder / "tokenizer.json").write_text("{}")
-    refused("is no byte-level tokeniser")
+    refused("is no byte-level or WordPiece tokeniser")
     (folder / "model.safetensors").write_bytes(b"not tensors")
     refused("model.safetensors cannot be read")
     (folder / "model.safetensors").unlink()

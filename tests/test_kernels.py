@@ -233,7 +233,7 @@ def test_gated_random_features_fold():
 )
 def test_bad_fields_are_refused(name, field, value):
     with pytest.raises(FieldError, match=field):
-        make(name, {field: value}, SHARED)
+        make(name, {field: value}, SHARED | {"positions": "rope"})
 
 
 def test_cosformer_refuses_rows_beyond_its_horizon():

@@ -14,6 +14,7 @@ from tiny import write_texts
 
 import launch
 from fastformer.core import config as configuration
+from fastformer.core import flags as command_line
 
 ROOT = Path(__file__).parent.parent
 BASE = "--config=configs/base.py"
@@ -124,6 +125,9 @@ def test_train_again_evaluate_generate(tmp_path, capsys, monkeypatch):
         ((BASE, "--config.task.name=recall"), "python_code holds no synthetic; sources that do: synthetic"),
         ((BASE, "--config.model.name=encoder"), "the task text trains no encoder"),
         ((BASE, "--smoke"), "--smoke: goes with --experiment"),
+        ((BASE, "--launcher=local", "--mode=evaluate"), "--launcher: goes with --mode=train"),
+        (("--experiment=experiments/mixers", "--launcher=local"), "--launcher: local goes with --config"),
+        (("--experiment=experiments/mixers", "--launcher=slurm", "--config.seed=1"), "takes its"),
         (("--config=configs/bsae.py",), "no file configs/bsae.py; did you mean configs/base.py?"),
         (("--config=configs/base.py:arm",), "takes no argument"),
         (("--config=experiments/mixers/config.py",), "needs an arm"),
@@ -202,6 +206,11 @@ def test_a_lack_of_memory_is_told_and_another_failure_is_not_hidden(capsys, monk
         assert launch.main() == 2
         err = capsys.readouterr().err
         assert "out of memory; lower config.train.batch" in err and err.count("\n") == 1
+    for error, word in ((OSError(28, "No space left on device"), "full"), (OSError(5, "I/O"), "mend that")):
+        monkeypatch.setattr(launch, "run", failing(error))
+        assert launch.main() == 1
+        err = capsys.readouterr().err
+        assert word in err and "goes on from the last checkpoint" in err and err.count("\n") == 1
     monkeypatch.setattr(launch, "run", failing(RuntimeError("INTERNAL")))
     with pytest.raises(RuntimeError, match="INTERNAL"):
         launch.main()
@@ -241,9 +250,9 @@ def test_a_mistake_in_a_real_process_has_no_traceback():
 
 
 def test_the_flags_are_these():
-    flags = {flag for flag in launch.parser()._option_string_actions if flag.startswith("--")}
+    flags = {flag for flag in command_line.parser()._option_string_actions if flag.startswith("--")}
     asked = {"--prompt", "--source", "--question", "--context"}
-    asked |= {"--topology", "--weights", "--format", "--output"}
+    asked |= {"--sentence", "--topology", "--weights", "--format", "--output", "--launcher"}
     assert flags == asked | {"--help", "--config", "--mode", "--workdir", "--experiment", "--smoke"}
 
 
@@ -258,9 +267,9 @@ def test_every_config_builds_and_names_itself(path):
 
 def test_a_file_of_lines_is_read_in_order(tmp_path):
     (tmp_path / "lines").write_text("one\n\ntwo\n")
-    assert launch.lines_of(["@x"[1:], f"@{tmp_path / 'lines'}"]) == ["x", "one", "", "two"]
+    assert command_line.lines_of(["@x"[1:], f"@{tmp_path / 'lines'}"]) == ["x", "one", "", "two"]
     with pytest.raises(launch.UserError, match="none: cannot be read as lines"):
-        launch.lines_of([f"@{tmp_path / 'none'}"])
+        command_line.lines_of([f"@{tmp_path / 'none'}"])
 
 
 def test_overrides_take_the_types_of_the_config():

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import itertools
 import json
 import os
 import random
 import signal
+import subprocess
+import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +23,7 @@ from safetensors.numpy import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fastformer.core import config as configuration
-from fastformer.core.errors import UserError
+from fastformer.core.errors import UserError, explain
 from fastformer.core.mesh import use
 from fastformer.core.trees import count, paths
 from fastformer.train import loop, session, setup
@@ -84,6 +89,7 @@ def test_every_step_that_is_due_has_its_line(straight):
     assert [line["step"] for line in train] == list(range(1, 13))
     assert set(train[0]) == {
         "step", "split", "loss", "learning_rate", "gradient_norm", "tokens_per_second", "seconds",
+        "utilisation", "data_wait", "memory_bytes",
     }  # fmt: skip
     heldout = [line for line in lines(straight) if line["split"] == "heldout"]
     assert [line["step"] for line in heldout] == [6, 12, 12]  # the last one again on all rows
@@ -126,6 +132,42 @@ def test_asked_to_stop_it_saves_and_goes_on_as_if_nothing_had_happened(
         assert np.array_equal(x, load_file(tmp_path / "weights.safetensors")[path]), path
 
 
+class Slow:
+    """A data iterator that takes its time."""
+
+    def __init__(self, inner):
+        self._inner = inner
+        self.get_state, self.set_state = inner.get_state, inner.set_state
+
+    def __next__(self):
+        time.sleep(0.05)
+        return next(self._inner)
+
+
+def test_a_run_shows_what_it_waits_for_and_a_trace_of_some_steps(
+    folder, straight, tmp_path, monkeypatch, capfd
+):
+    iterator = loop._iterator
+    monkeypatch.setattr(loop, "_iterator", lambda *args: Slow(iterator(*args)))
+    monkeypatch.setattr(session, "KNOWN", 5)
+    loop.train(configured(folder, log__trace_from=3, log__trace_steps=2), tmp_path, DEVICES)
+    assert kill_and_resume.losses(tmp_path) == kill_and_resume.losses(straight)
+    (trace,) = (tmp_path / "tensorboard").glob("plugins/profile/*/*.xplane.pb")
+    planes = jax.profiler.ProfileData.from_file(str(trace)).planes
+    events = [event for plane in planes for line in plane.lines for event in line.events]
+    assert {dict(event.stats).get("step_num") for event in events if event.name == "train"} == {3, 4}
+    train = [line for line in lines(tmp_path) if line["split"] == "train"]
+    assert train[0]["data_wait"] == 0 and all(line["data_wait"] >= 0.05 for line in train[2:])
+    assert all(line["utilisation"] > 0 and line["memory_bytes"] > 0 for line in train)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert 0.1 < result["data_wait_fraction"] < 1
+    assert 0 < result["utilisation"] < 1 < result["ceiling"]["flops_per_second"]
+    assert capfd.readouterr().out.count("of training's time went into waiting for data; ") == 1
+    report = (tmp_path / "report.md").read_text()
+    assert "%: data is too slow" in report
+    assert "FLOP/s (products of 512 x 512 matrices in float32, at the start)" in report
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_end_at_once_only_what_has_nothing_to_save(number):
     before = signal.getsignal(number)
@@ -140,8 +182,14 @@ def test_signals_end_at_once_only_what_has_nothing_to_save(number):
     assert signal.getsignal(number) is before
 
 
-def test_killed_without_warning_it_goes_on_to_the_same_losses():
-    assert kill_and_resume.main(times=1, seed=random.randrange(2**32))
+def test_killed_inside_a_save_it_goes_on_to_the_same_losses(capfd):
+    assert kill_and_resume.main(times=1, seed=random.randrange(2**32), inside=1)
+    assert "1 of them killed inside a save" in capfd.readouterr().out
+
+
+@pytest.mark.slow
+def test_killed_fifty_times_it_goes_on_to_the_same_losses():
+    assert kill_and_resume.main(times=50, seed=random.randrange(2**32))
 
 
 def test_a_finished_run_says_so(folder, straight, capfd, monkeypatch):
@@ -170,6 +218,44 @@ def test_two_trainings_in_one_workdir(folder, tmp_path):
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="is being trained in by another process"):
             loop.train(configured(folder), tmp_path, DEVICES)
+
+
+def test_the_lock_of_a_process_that_was_killed_holds_nobody(tmp_path):
+    path = tmp_path / setup.LOCK
+    code = f"import fcntl; f = open({str(path)!r}, 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True)"
+    code += "; input()"
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process.stdout.readline()
+    with pytest.raises(UserError, match="is being trained in by another process"), setup.lock(tmp_path):
+        pass
+    process.kill()
+    process.communicate()
+    with setup.lock(tmp_path):
+        assert path.exists()
+
+
+def test_a_full_disk_and_a_clock_that_jumps_lose_nothing(folder, straight, tmp_path, monkeypatch):
+    sync = MetricsLog.sync
+
+    def full(log):
+        if json.loads(log._path.read_text().splitlines()[-1])["step"] >= 8:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(log._path))
+        sync(log)
+
+    jumps = itertools.cycle([0.0, 2.0e9, -1.0e9, 5.0])
+    monkeypatch.setattr(time, "time", lambda: 1.7e9 + next(jumps))
+    monkeypatch.setattr(MetricsLog, "sync", full)
+    with pytest.raises(OSError) as error:
+        loop.train(configured(folder), tmp_path, DEVICES)
+    code, told = explain(error.value)
+    assert code == 1 and told.startswith("the disk is full; make room, and the same command then goes on")
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"4", "6"}
+    monkeypatch.setattr(MetricsLog, "sync", sync)
+    loop.train(configured(folder), tmp_path, DEVICES)
+    assert kill_and_resume.losses(tmp_path) == kill_and_resume.losses(straight)
+    train = [line for line in lines(tmp_path) if line["split"] == "train"]
+    seconds = [line["seconds"] for line in train]
+    assert seconds == sorted(seconds) and all(line["tokens_per_second"] > 0 for line in train)
 
 
 def test_workdirs_that_cannot_be(folder, tmp_path):
@@ -201,6 +287,8 @@ def test_workdirs_that_cannot_be(folder, tmp_path):
         ({"checkpoint__keep": 0}, "config.checkpoint.keep: 0"),
         ({"evaluate__every": -1}, "config.evaluate.every: -1"),
         ({"log__every": 0}, "config.log.every: 0"),
+        ({"log__trace_from": 0}, "config.log.trace_from: 0"),
+        ({"log__trace_steps": -1}, "config.log.trace_steps: -1"),
         ({"seed": -1}, "config.seed: -1"),
     ],
 )
@@ -220,7 +308,7 @@ def test_a_key_that_nobody_knows(folder, tmp_path):
 
 def test_training_that_diverges_says_so(folder, tmp_path, monkeypatch):
     metrics = {"loss": jnp.nan, "gradient_norm": 1.0, "taken": False, "streak": 3, "skipped": 3}
-    broken = CompiledStep(lambda state, batch: (state, metrics), traced=None, seconds=0.0, memory_bytes=0)
+    broken = CompiledStep(lambda state, batch: (state, metrics), "float32", 0, seconds=0.0, memory_bytes=0)
     monkeypatch.setattr(loop, "compile_all", lambda *_: {"float32": broken})
     with pytest.raises(UserError, match="the loss of step 1 is nan"):
         loop.train(configured(folder, train__bad_steps=3), tmp_path, DEVICES)

@@ -225,6 +225,10 @@ class Shared(Mixer):
         features = self.heads * self.head_width + self.groups * self.value_width
         return max(self.conv_width - 1, 0), features
 
+    @property
+    def exact_columns(self):
+        return {"key_BSGK": self.rounds}
+
     def empty(self, batch, capacity, dtype):
         sizes = {"heads": self.heads, "key_width": self.head_width, "value_width": self.value_width}
         return init_state(batch, capacity, dtype, rounds=self.rounds, **sizes)

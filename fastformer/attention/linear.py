@@ -155,6 +155,10 @@ class Kernel(Mixer):
         """Return R, what a feature map makes of K."""
         return self.head_width
 
+    @property
+    def exact_columns(self):
+        return {"memory_BGKP": 1}
+
     def empty(self, batch, capacity, dtype):
         sizes = {"features": self.rank, "value_width": self.value_width}
         return init_state(batch, capacity, jnp.float32, kv_heads=self.groups, **sizes)

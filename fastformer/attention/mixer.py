@@ -113,6 +113,11 @@ class Mixer(nn.Module):
         return self.head_width
 
     @property
+    def exact_columns(self) -> dict[str, int]:
+        """Return by the name of a state's array how many of its last columns may never be rounded."""
+        return {}
+
+    @property
     def bend(self) -> Bend:
         """Return what happens to scores."""
         slopes = tuple(alibi_slopes(self.heads).tolist()) if self.positions == "alibi" else ()

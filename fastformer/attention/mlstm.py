@@ -200,6 +200,10 @@ class MLSTM(Expanded):
     def refer(self, qkv, seqs):
         return reference(*qkv, seq=seqs[0])
 
+    @property
+    def exact_columns(self):
+        return {"memory_BGKP": 1}
+
     def empty(self, batch, capacity, dtype):
         widths = (self.head_width, self.value_width)
         return init_state(batch, capacity, dtype, heads=self.groups, widths=widths)

@@ -144,7 +144,7 @@ def set_key(config: ConfigDict, key: str, text: Any) -> None:
                 f"{walked}.{leaf}: no such key{nearest(leaf, node)} (keys: {', '.join(sorted(node))})"
             )
         with node.unlocked():
-            node[leaf] = _literal(text)
+            node[leaf] = literal(text)
         return
     old = node[leaf]
     if isinstance(old, ConfigDict):
@@ -152,7 +152,8 @@ def set_key(config: ConfigDict, key: str, text: Any) -> None:
     node[leaf] = _typed(text, old, f"{walked}.{leaf}")
 
 
-def _literal(text: Any) -> Any:
+def literal(text: Any) -> Any:
+    """Return the value that a flag's text stands for: a number, a tuple, true, false, or the text itself."""
     if not isinstance(text, str):
         return text
     if text.lower() in ("true", "false", "none"):
@@ -167,7 +168,7 @@ def _typed(text: Any, old: Any, path: str) -> Any:
     """Return ``text`` as a value of the type of ``old``; ints pass for floats, not vice versa."""
     if isinstance(old, str):
         return str(text)
-    value = _literal(text)
+    value = literal(text)
     if isinstance(old, (tuple, list)):
         if isinstance(value, (int, float)):  # one of them needs no comma
             value = (value,)

@@ -1,16 +1,19 @@
-"""Many processes: the section config.distributed, and how each of them joins the others."""
+"""Many processes: the section config.distributed, and how each of them joins and leaves the others."""
 
 from __future__ import annotations
 
+import os
+import sys
 from dataclasses import dataclass
+from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
 from fastformer.core.config import section
 from fastformer.core.errors import UserError, require
 
-ALONE = {"coordinator": "", "processes": 1, "index": 0}
+ALONE = {"coordinator": "", "processes": 1, "index": 0, "restarts": 3, "slurm": ()}
+HEARTBEAT = 45  # seconds of silence after which JAX ends all processes, whoever watches them
 
 
 @dataclass(frozen=True)
@@ -20,15 +23,18 @@ class DistributedConfig:
     coordinator: str
     processes: int
     index: int
+    restarts: int
+    slurm: tuple[str, ...]
 
     def __post_init__(self) -> None:
         require(self.processes >= 1, "processes", self.processes, "1 or more")
+        require(self.restarts >= 0, "restarts", self.restarts, "0 or more")
         good = 0 <= self.index < self.processes
         require(good, "index", self.index, f"from 0 to {self.processes - 1}, another in each process")
         named = self.coordinator in ("", "auto") or self.coordinator.rpartition(":")[2].isdigit()
         require(named, "coordinator", self.coordinator, "host:port, auto, or empty")
-        if self.processes > 1:
-            require(bool(self.coordinator), "coordinator", self.coordinator, "host:port of process 0")
+        for setting in self.slurm:
+            require(setting.partition("=")[2] != "", "slurm", setting, "KEY=VALUE, as timeout_min=600")
 
 
 def join(config: ConfigDict) -> None:
@@ -40,14 +46,42 @@ def join(config: ConfigDict) -> None:
     Raises:
       UserError: a field cannot be, or no cluster is found.
     """
+    import jax  # here: those that only start processes need none of it
+
     options = section(DistributedConfig, config, "distributed")
+    if options.processes > 1:
+        allowed = "host:port of process 0 (or --launcher=local, which starts all of them)"
+        require(bool(options.coordinator), "config.distributed.coordinator", options.coordinator, allowed)
     if options.coordinator == "auto":
         try:
-            jax.distributed.initialize()
+            jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT)
         except ValueError as error:
             raise UserError(
                 f"config.distributed.coordinator: auto finds no cluster ({error}); give host:port"
             ) from error
     elif options.coordinator:
-        jax.distributed.initialize(options.coordinator, options.processes, options.index)
+        where = options.coordinator, options.processes, options.index
+        jax.distributed.initialize(*where, heartbeat_timeout_seconds=HEARTBEAT)
+    if options.coordinator:
+        sys.excepthook = _leave_with_traceback
     config.distributed.update(ALONE)
+
+
+def leave(code: int) -> None:
+    """End this process with ``code``; where others of its run go on, without waiting for them.
+
+    An orderly end of JAX waits minutes for the others, which wait for this one in a collective.
+    """
+    if code and "jax" in sys.modules:
+        import jax
+
+        if jax.distributed.is_initialized():
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    sys.exit(code)
+
+
+def _leave_with_traceback(*error: Any) -> None:
+    sys.__excepthook__(*error)
+    leave(1)

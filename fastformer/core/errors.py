@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import os
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
 Value = TypeVar("Value")
+
+TOO_LARGE = (
+    "out of memory; lower config.train.batch or config.data.length, or raise config.train.accumulate; "
+    "config.model.remat=full keeps less"
+)
+FULL = errno.ENOSPC, errno.EDQUOT
+BROKEN = errno.EROFS, errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM
+GOES_ON = "the same command then goes on from the last checkpoint"
 
 
 class UserError(Exception):
@@ -43,3 +53,22 @@ def require(ok: bool, field: str, value: Any, allowed: str) -> None:
     """Raise a FieldError unless ``ok``; ``allowed`` says in words which values are."""
     if not ok:
         raise FieldError(field, f"{value!r} is not allowed; it must be {allowed}")
+
+
+def explain(error: BaseException) -> tuple[int, str] | None:
+    """Return the exit code and the line that an error costs; None where a traceback is of more use.
+
+    2 is the user's mistake, to be mended before the same command goes on; 1 is not.
+    """
+    if isinstance(error, UserError):
+        return 2, " ".join(str(error).splitlines())
+    reason = " ".join(str(error).split())
+    number = getattr(error, "errno", None) if isinstance(error, OSError) else None
+    # What is under orbax has errors of its own, with the system's words in them.
+    if number in FULL or any(os.strerror(code) in reason for code in FULL):
+        return 1, f"the disk is full; make room, and {GOES_ON} ({reason[:200]})"
+    if number in BROKEN:
+        return 1, f"a file cannot be read or written; mend that, and {GOES_ON} ({reason[:200]})"
+    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in reason:
+        return 2, f"{TOO_LARGE} ({reason[:200] or 'MemoryError'})"
+    return None

@@ -1,4 +1,4 @@
-"""From text to tokens and back, without loss: bytes, and a byte-level BPE."""
+"""From text to tokens and back: bytes and a byte-level BPE, without loss; BERT's word pieces, with some."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import tokenizers
@@ -42,9 +42,11 @@ class Tokeniser(abc.ABC):
 
     Attributes:
       token_bytes: what each token stands for.
+      lossless: a text comes back from its tokens as it was.
     """
 
     token_bytes: list[bytes]
+    lossless: ClassVar[bool] = True
 
     @abc.abstractmethod
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
@@ -91,6 +93,10 @@ class Tokeniser(abc.ABC):
     def encode(self, text: str) -> list[int]:
         """Return the tokens of ``text``, as ``encode_all`` does."""
         return self.encode_all([text])[0]
+
+    def alone(self, text: str, most: int) -> list[int]:
+        """Return at most ``most`` tokens of a text that is a row by itself, with what marks its beginning."""
+        return [self.eod, *self.encode(text)][:most]
 
     def to_bytes(self, tokens: Iterable[int]) -> bytes:
         """Return the bytes that tokens stand for."""
@@ -180,8 +186,65 @@ class BPETokeniser(Tokeniser):
         return {"name": "bpe", "model": self._json, **own}
 
 
+class WordPieceTokeniser(Tokeniser):
+    """The pieces of words that a BERT knows (Devlin et al. 2018, 1810.04805, section 3), from elsewhere.
+
+    Case, accents and spaces may be lost, and so may what it has no pieces for. The end of a document is
+    [SEP]; a text by itself stands between [CLS] and it.
+
+    Attributes:
+      model: JSON of the library tokenizers. size: V, where tokens follow that stand for nothing.
+
+    Raises:
+      ValueError: it lacks one of BERT's special tokens.
+    """
+
+    lossless: ClassVar[bool] = False
+    BEGIN, END, MASK = "[CLS]", "[SEP]", "[MASK]"
+
+    def __init__(self, model: str, size: int | None = None):
+        self._model, self._json = tokenizers.Tokenizer.from_str(model), model
+        self._model.encode_special_tokens = True  # as text
+        self._model.no_truncation()
+        self._model.no_padding()
+        names, added = self._model.get_vocab(), self._model.get_added_tokens_decoder()
+        for name in (self.BEGIN, self.END, self.MASK):
+            if name not in names:
+                raise ValueError(f"it has no {name}")
+        self._names = names
+        self.token_bytes = [b""] * (size or len(names))
+        for token, number in names.items():
+            if number not in added or not added[number].special:
+                inside = token.startswith("##")
+                self.token_bytes[number] = (token[2:] if inside else f" {token}").encode()
+
+    @property
+    def eod(self) -> int:
+        return self._names[self.END]
+
+    def mark(self, number: int) -> int:
+        name = f"[unused{number}]" if number else self.MASK
+        if name not in self._names:
+            raise UserError(f"config.data.tokeniser: has no {name} to use as a mark")
+        return self._names[name]
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        texts = [text.encode("utf-8", "replace").decode() for text in texts]
+        return [found.ids for found in self._model.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def alone(self, text: str, most: int) -> list[int]:
+        return [self._names[self.BEGIN], *self.encode(text)[: most - 2], self.eod][:most]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return super().decode(tokens).strip()
+
+    def state(self) -> dict[str, Any]:
+        return {"name": "wordpiece", "model": self._json, "size": self.size}
+
+
 OF_RUN = "run:"  # begins the name of the tokeniser that a run keeps
 TOKENISERS = {"bytes": ByteTokeniser, "bpe": BPETokeniser}
+IMPORTED = {"wordpiece": WordPieceTokeniser}  # not trained here
 
 
 def load_tokeniser(workdir: Path) -> Tokeniser:
@@ -193,7 +256,7 @@ def load_tokeniser(workdir: Path) -> Tokeniser:
     path = Path(workdir) / FILE
     try:
         state = json.loads(path.read_text())
-        return TOKENISERS[state.pop("name")](**state)
+        return {**TOKENISERS, **IMPORTED}[state.pop("name")](**state)
     except FileNotFoundError as error:
         raise UserError(f"{workdir}: holds no {FILE}; is it the workdir of a run?") from error
     except Exception as error:  # tokenizers raises bare Exceptions

@@ -3,5 +3,15 @@
 from fastformer.decode.generate import complete, decode_tokens_per_second, generate
 from fastformer.decode.sample import sample
 from fastformer.decode.steps import GenerateConfig
+from fastformer.decode.stored import stored
+from fastformer.decode.token_by_token import TokenByToken
 
-__all__ = ["GenerateConfig", "complete", "decode_tokens_per_second", "generate", "sample"]
+__all__ = [
+    "GenerateConfig",
+    "TokenByToken",
+    "complete",
+    "decode_tokens_per_second",
+    "generate",
+    "sample",
+    "stored",
+]

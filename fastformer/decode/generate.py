@@ -16,6 +16,7 @@ from fastformer.core.errors import UserError
 from fastformer.decode.beam import beam_search
 from fastformer.decode.sample import sample
 from fastformer.decode.steps import GenerateConfig, decode_step, prefill
+from fastformer.decode.stored import stored
 
 ROWS = 32  # prompts that are completed at once, at most
 PREFILL = 32  # prompts are padded to a multiple of this many tokens, so that few programs are compiled
@@ -75,6 +76,7 @@ def complete(
     for row, ids in enumerate(rows):
         tokens_BT[row, : len(ids)] = ids
     lengths_B = np.asarray([len(ids) for ids in rows], np.int32)
+    model = stored(model, options.state)
     search = _generate if options.beams == 1 else beam_search
     new_BT = np.asarray(search(model, options, end, params, tokens_BT, lengths_B))
     return [_until(ids, end) for ids in new_BT.tolist()]

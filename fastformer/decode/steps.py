@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fastformer.core.errors import FieldError, require
+from fastformer.core.errors import FieldError, lookup, require
 from fastformer.core.seq import Seq, whole
+from fastformer.decode.stored import STATES
 from fastformer.models import Source
 
 
@@ -29,10 +30,12 @@ class GenerateConfig:
     prompt: str
     beams: int = 1
     length_penalty: float = 0.6
+    state: str = "float"
 
     def __post_init__(self) -> None:
         for field, most in (("tokens", 2**20), ("beams", 2**10)):
             require(1 <= getattr(self, field) <= most, field, getattr(self, field), f"from 1 to {most:,}")
+        lookup(dict.fromkeys(STATES), self.state, "state")
         require(self.length_penalty >= 0, "length_penalty", self.length_penalty, "0 or more")
         require(self.beams == 1 or self.temperature == 0, "beams", self.beams, "1 where temperature is not 0")
         for field in ("temperature", "top_k", "seed"):

@@ -14,8 +14,12 @@ from fastformer.core.errors import UserError
 PLAIN = {
     "name": "decoder", "qk_norm": False, "soft_cap": 0.0, "short_conv": -1, "output_gate": False,
     "pattern": (), "bidirectional": False, "encoder_layers": 0, "encoder_pattern": (), "head_width": 0,
-    "scan": False, "bias": False, "attention": {"name": "softmax"},
+    "scan": False, "bias": False, "attention": {"name": "softmax"}, "norm_placement": "pre",
+    "embedding_norm": False, "token_types": 0,
 }  # fmt: skip
+
+
+JOINED, PARTS = ".attn.c_attn.", ("query", "key", "value")  # GPT-2's one matrix of three
 
 
 class Row(NamedTuple):
@@ -38,6 +42,7 @@ class Family(NamedTuple):
       name: ``model_type`` there. top, layer: the weights.
       settings: theirs -> config.model's and the tokens that positions reach, or raises. back: the reverse.
       turned: theirs are [out, in], as torch's linear layers have them; ours [in, out].
+      tidy: the weights of a directory -> the same by the names above.
     """
 
     name: str
@@ -46,6 +51,7 @@ class Family(NamedTuple):
     settings: Callable[[Mapping[str, Any]], tuple[dict[str, Any], int]]
     back: Callable[[Any, int, int], dict[str, Any]]
     turned: bool
+    tidy: Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]] = dict
 
     def rows(self, layers: int, tied: bool) -> list[Row]:
         """Return every weight of a model with so many layers."""
@@ -172,7 +178,33 @@ def gpt2_back(model: Any, vocabulary: int, length: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _branches(names: Mapping[str, tuple[str, int]], bias: bool) -> tuple[Row, ...]:
+def split(theirs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return the weights with GPT-2's joined matrices cut into their three."""
+    found = {}
+    for name, x in theirs.items():
+        name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
+        if JOINED not in name:
+            found[name] = x
+            continue
+        for part, third in zip(PARTS, np.split(x, 3, axis=-1)):
+            found[name.replace(JOINED, f"{JOINED}{part}.")] = third
+    return found
+
+
+def join(theirs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return the weights with GPT-2's three matrices as one again."""
+    found = {}
+    for name, x in theirs.items():
+        if JOINED not in name:
+            found[name] = x
+        elif f"{JOINED}{PARTS[0]}." in name:
+            three = [theirs[name.replace(PARTS[0], part)] for part in PARTS]
+            found[name.replace(f"{PARTS[0]}.", "")] = np.concatenate(three, axis=-1)
+    return found
+
+
+def branches(names: Mapping[str, tuple[str, int]], bias: bool) -> tuple[Row, ...]:
+    """Return the rows of linear maps of a layer: ours to theirs and the axes that are summed over."""
     found = []
     for ours_name, (name, inputs) in names.items():
         found.append(Row(f"layer_{{}}/{ours_name}/weight", f"{name}.weight", inputs))
@@ -191,7 +223,7 @@ LLAMA = Family(
     (
         Row("layer_{}/mixer_norm/scale", "model.layers.{}.input_layernorm.weight"),
         Row("layer_{}/mlp_norm/scale", "model.layers.{}.post_attention_layernorm.weight"),
-        *_branches(
+        *branches(
             {
                 "mixer/query": ("model.layers.{}.self_attn.q_proj", 1),
                 "mixer/key": ("model.layers.{}.self_attn.k_proj", 1),
@@ -224,7 +256,7 @@ GPT2 = Family(
         Row("layer_{}/mixer_norm/bias", "transformer.h.{}.ln_1.bias"),
         Row("layer_{}/mlp_norm/scale", "transformer.h.{}.ln_2.weight"),
         Row("layer_{}/mlp_norm/bias", "transformer.h.{}.ln_2.bias"),
-        *_branches(
+        *branches(
             {
                 "mixer/query": ("transformer.h.{}.attn.c_attn.query", 1),
                 "mixer/key": ("transformer.h.{}.attn.c_attn.key", 1),
@@ -239,36 +271,10 @@ GPT2 = Family(
     gpt2_settings,
     gpt2_back,
     turned=False,
+    tidy=split,
 )
 
-FAMILIES = {"llama": LLAMA, "mistral": LLAMA, "gpt2": GPT2}
 HELD = ("softmax", "local")  # attention that they have
-JOINED, PARTS = ".attn.c_attn.", ("query", "key", "value")
-
-
-def split(theirs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return the weights with GPT-2's joined matrices cut into their three."""
-    found = {}
-    for name, x in theirs.items():
-        name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
-        if JOINED not in name:
-            found[name] = x
-            continue
-        for part, third in zip(PARTS, np.split(x, 3, axis=-1)):
-            found[name.replace(JOINED, f"{JOINED}{part}.")] = third
-    return found
-
-
-def join(theirs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return the weights with GPT-2's three matrices as one again."""
-    found = {}
-    for name, x in theirs.items():
-        if JOINED not in name:
-            found[name] = x
-        elif f"{JOINED}{PARTS[0]}." in name:
-            three = [theirs[name.replace(PARTS[0], part)] for part in PARTS]
-            found[name.replace(f"{PARTS[0]}.", "")] = np.concatenate(three, axis=-1)
-    return found
 
 
 def family_of(model: Any) -> Family:
@@ -282,11 +288,12 @@ def family_of(model: Any) -> Family:
         raise UserError(f"--format: no format holds {', '.join(odd) or 'a pattern of several variants'}")
     lacks = {
         "qk_norm": model.qk_norm, "soft_cap": bool(model.soft_cap), "short_conv": model.short_conv > 0,
-        "output_gate": model.output_gate,
+        "output_gate": model.output_gate, "norm_placement": model.norm_placement != "pre",
+        "embedding_norm": model.embedding_norm,
     }  # fmt: skip
     for name, has in lacks.items():
         if has:
-            raise UserError(f"--format: config.model.{name}: the formats of Llama and GPT-2 have none")
+            raise UserError(f"--format: config.model.{name}: the formats of Llama and GPT-2 have no such")
     options = [k for k, v in model.attention.items() if k not in ("name", "window") and v]
     if options:
         raise UserError(f"--format: config.model.attention.{options[0]}: the formats have none")

@@ -11,11 +11,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from fastformer.core.errors import UserError
-from fastformer.data.tokenisers import BPETokeniser, Tokeniser
-from fastformer.interop import families
-from fastformer.interop.families import FAMILIES, Family
+from fastformer.data.tokenisers import BPETokeniser, Tokeniser, WordPieceTokeniser
+from fastformer.interop import bert, families
+from fastformer.interop.families import GPT2, LLAMA, Family
 from fastformer.interop.spelling import to_library
 
+FAMILIES = {"llama": LLAMA, "mistral": LLAMA, "gpt2": GPT2, "bert": bert.BERT}  # by model_type
 INDEX, WEIGHTS, CONFIG, TOKENISER = (
     "model.safetensors.index.json",
     "model.safetensors",
@@ -84,14 +85,14 @@ def weights(folder: Path, family: Family) -> dict[str, np.ndarray]:
                 found |= {name: np.asarray(file.get_tensor(name), np.float32) for name in file.keys()}
         except (OSError, SafetensorError, ValueError) as error:
             raise UserError(f"--weights: {path} cannot be read ({str(error).splitlines()[0]})") from error
-    return families.split(found) if family is families.GPT2 else found
+    return dict(family.tidy(found))
 
 
 def tokeniser(folder: Path, vocabulary: int) -> Tokeniser:
     """Return the tokeniser in ``folder`` for a model of ``vocabulary`` tokens.
 
     Raises:
-      UserError: there is none, or one whose tokens are not made of bytes.
+      UserError: there is none, or one whose tokens are neither made of bytes nor BERT's word pieces.
     """
     path, theirs = folder / TOKENISER, {}
     if not path.is_file():
@@ -115,6 +116,8 @@ def from_library(model: str, end: str | None, vocabulary: int, name: str) -> Tok
     import tokenizers
 
     try:
+        if json.loads(model)["model"]["type"] == "WordPiece":
+            return WordPieceTokeniser(model, vocabulary)
         found = tokenizers.Tokenizer.from_str(model)
         ids = [found.token_to_id(token) for token in (*ENDS[:1], end, *ENDS) if token]
         ids = [number for number in ids if number is not None]
@@ -124,7 +127,7 @@ def from_library(model: str, end: str | None, vocabulary: int, name: str) -> Tok
             raise ValueError(f"it has {found.get_vocab_size()} tokens, and the model {vocabulary}")
         return BPETokeniser(model, ids[0], vocabulary)
     except Exception as error:  # tokenizers raises bare Exceptions
-        raise UserError(f"--weights: {name} is no byte-level tokeniser ({error})") from error
+        raise UserError(f"--weights: {name} is no byte-level or WordPiece tokeniser ({error})") from error
 
 
 def write(folder: Path, model: Any, params: Any, tokeniser: Tokeniser) -> None:
@@ -134,11 +137,12 @@ def write(folder: Path, model: Any, params: Any, tokeniser: Tokeniser) -> None:
       UserError: none of its families is this model.
     """
     config = model.config
-    family = families.family_of(config)
+    encoder = type(model).__name__ == "Encoder"
+    family = bert.family_of(config) if encoder else families.family_of(config)
     tensors = families.back(family, params, config.layers, config.tied)
-    tensors = families.join(tensors) if family is families.GPT2 else tensors
+    tensors = families.join(tensors) if family is GPT2 else tensors
     text, end = to_library(tokeniser)
-    ends = {"eos_token_id": tokeniser.eod, "bos_token_id": tokeniser.eod}
+    ends = {} if encoder else {"eos_token_id": tokeniser.eod, "bos_token_id": tokeniser.eod}
     described = family.back(config, model.vocabulary, model.length) | ends
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(described, indent=2) + "\n")

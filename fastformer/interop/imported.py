@@ -59,9 +59,10 @@ def read(source: str, config: ConfigDict) -> Imported:
         vocabulary = len(theirs.get(family.top[0].theirs, ()))
         tokeniser = huggingface.tokeniser(folder, vocabulary)
     config = _with(config, settings, longest)
-    if family is families.GPT2 and "transformer.wpe.weight" in theirs:
-        # Positions beyond the rows are never asked for.
-        theirs["transformer.wpe.weight"] = theirs["transformer.wpe.weight"][: config.data.length]
+    for row in family.top:
+        if row.ours == "positions" and row.theirs in theirs:
+            # Those beyond the rows are never asked for.
+            theirs[row.theirs] = theirs[row.theirs][: config.data.length]
     model = models.build(config, vocabulary, config.data.length)
     init = lambda: nn.unbox(model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32), whole(1, 2)))  # noqa: E731
     shapes = jax.eval_shape(init)["params"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from fastformer.data.tokenisers import Tokeniser, byte_characters
+from fastformer.data.tokenisers import Tokeniser, WordPieceTokeniser, byte_characters
 
 END = "<|endoftext|>"
 
@@ -16,6 +16,8 @@ def to_library(tokeniser: Tokeniser) -> tuple[str, str]:
     if state["name"] == "bytes":
         made = tokenizers.Tokenizer(models.BPE({text: byte for byte, text in byte_characters().items()}, []))
         made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    elif state["name"] == "wordpiece":
+        return state["model"], WordPieceTokeniser.END
     else:
         made = tokenizers.Tokenizer.from_str(state["model"])
     made.decoder = decoders.ByteLevel()

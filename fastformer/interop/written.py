@@ -35,8 +35,10 @@ def write(name: str, output: str, model: Any, params: Callable[[], Any], tokenis
       UserError: no such format, one that cannot hold the model, or a folder that is not empty.
     """
     form = lookup(FORMATS, name, "--format")
-    if tokeniser is None or type(model).__name__ != "Decoder":
-        raise UserError(f"--format: {name} holds a decoder of text, and this run trained another model")
+    held = ("Decoder", "Encoder") if name == "huggingface" else ("Decoder",)
+    if tokeniser is None or type(model).__name__ not in held:
+        kinds = " or an encoder" * (len(held) > 1)
+        raise UserError(f"--format: {name} holds a decoder{kinds} of text, and this run has another model")
     folder = Path(output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--output: {output} is there already; name a new folder")

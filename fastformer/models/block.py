@@ -26,8 +26,16 @@ def norm_of(config: ModelConfig) -> Callable[..., nn.Module]:
     return functools.partial(NORM_LAYERS[config.norm], **epsilon)
 
 
+def last_norm(config: ModelConfig, x_BTD: jax.Array, name: str = "norm") -> jax.Array:
+    """Return the stream after a stack, normalised unless its last block did; in a compact method."""
+    return x_BTD if config.norm_placement == "post" else norm_of(config)(name=name)(x_BTD)
+
+
 class MLP(nn.Module):
-    """``gelu(x W) W'`` or ``(silu(x W) * x U) W'`` (SwiGLU: Shazeer 2020, 2002.05202, eq. 6)."""
+    """``gelu(x W) W'`` or ``(silu(x W) * x U) W'`` (SwiGLU: Shazeer 2020, 2002.05202, eq. 6).
+
+    GELU (Hendrycks & Gimpel 2016, 1606.08415) is GPT-2's by tanh, or ``gelu_erf``, exact as BERT's.
+    """
 
     config: ModelConfig
 
@@ -39,13 +47,16 @@ class MLP(nn.Module):
         if c.mlp == "swiglu":
             h_BTF *= nn.silu(Linear("BTD,DF->BTF", up, **kind, name="gate")(x_BTD))
         else:
-            h_BTF = nn.gelu(h_BTF)
+            h_BTF = nn.gelu(h_BTF, approximate=c.mlp == "gelu")
         scale = (2 * c.layers) ** -0.5  # GPT-2: branches that join a stream of 2 L of them
         return Linear("BTF,FD->BTD", up[::-1], scale, **kind, name="down")(h_BTF)
 
 
 class Block(nn.Module):
     """``x + mixer(norm(x))``, then ``x + mlp(norm(x))`` (pre-norm: Xiong et al. 2020, 2002.04745).
+
+    With ``norm_placement`` "post" ``norm(x + mixer(x))``, then ``norm(x + mlp(x))`` (Vaswani et al. 2017,
+    1706.03762, section 5.4; so is BERT).
 
     Attributes:
       config: of the model. layer: index in its stack. length: the most tokens of a row.
@@ -68,16 +79,24 @@ class Block(nn.Module):
         context: Context | None = None,
     ) -> tuple[jax.Array, Any]:
         """Return ``(x_BTD, state)``."""
-        norm, rate = norm_of(self.config), self.config.dropout
+        norm, rate, post = norm_of(self.config), self.config.dropout, self.config.norm_placement == "post"
+
+        def before(x_BTD: jax.Array, name: str) -> jax.Array:
+            return x_BTD if post else norm(name=name)(x_BTD)
+
+        def joined(x_BTD: jax.Array, branch_BTD: jax.Array, name: str) -> jax.Array:
+            x_BTD += nn.Dropout(rate)(branch_BTD, deterministic=deterministic)
+            return norm(name=name)(x_BTD) if post else x_BTD
+
         mixer = self.config.encoder_mixer if self.stack == "encoder" else self.config.mixer
-        mixed, state = mixer(self.layer, self.length)(norm(name="mixer_norm")(x_BTD), seq, state)
-        x_BTD += nn.Dropout(rate)(mixed, deterministic=deterministic)
+        mixed, state = mixer(self.layer, self.length)(before(x_BTD, "mixer_norm"), seq, state)
+        x_BTD = joined(x_BTD, mixed, "mixer_norm")
         if self.stack == "decoder":
             look = self.config.cross_mixer(self.layer, self.length)
-            seen, _ = look(norm(name="cross_norm")(x_BTD), seq, None, context)
-            x_BTD += nn.Dropout(rate)(seen, deterministic=deterministic)
-        h_BTD = MLP(self.config, name="mlp")(norm(name="mlp_norm")(x_BTD))
-        return constrain(x_BTD + nn.Dropout(rate)(h_BTD, deterministic=deterministic), "BTD"), state
+            seen, _ = look(before(x_BTD, "cross_norm"), seq, None, context)
+            x_BTD = joined(x_BTD, seen, "cross_norm")
+        h_BTD = MLP(self.config, name="mlp")(before(x_BTD, "mlp_norm"))
+        return constrain(joined(x_BTD, h_BTD, "mlp_norm"), "BTD"), state
 
 
 def embedding_init(width: int) -> nn.initializers.Initializer:

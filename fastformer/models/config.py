@@ -17,7 +17,8 @@ from fastformer.core.dtypes import COMPUTE
 from fastformer.core.errors import FieldError, lookup, require
 
 NORMS = ("rms", "layer")
-MLPS = ("swiglu", "gelu")
+MLPS = ("swiglu", "gelu", "gelu_erf")
+PLACEMENTS = ("pre", "post")
 CROSS = "softmax"  # the mixer of cross-attention
 REMAT = ("none", "full", "dots")
 
@@ -59,6 +60,9 @@ class ModelConfig:
     encoder_pattern: tuple[str, ...] = ()
     bias: bool = False
     norm_epsilon: float = 0.0
+    norm_placement: str = "pre"
+    embedding_norm: bool = False
+    token_types: int = 0
 
     def __post_init__(self) -> None:
         for field in ("layers", "width", "heads"):
@@ -73,10 +77,13 @@ class ModelConfig:
             require(getattr(self, field) <= most, field, getattr(self, field), f"at most {most:,}")
         for field in (
             *("kv_heads", "head_width", "ff_width", "soft_cap", "encoder_layers", "loss_chunk"),
-            "norm_epsilon",
+            *("norm_epsilon", "token_types"),
         ):
             require(getattr(self, field) >= 0, field, getattr(self, field), "0 or more")
-        for field, kinds in (("norm", NORMS), ("mlp", MLPS), ("positions", KINDS), ("dtype", tuple(COMPUTE))):
+        for field, kinds in (
+            *(("norm", NORMS), ("norm_placement", PLACEMENTS), ("mlp", MLPS)),
+            *(("positions", KINDS), ("dtype", tuple(COMPUTE))),
+        ):
             lookup(dict.fromkeys(kinds), getattr(self, field), field)
         lookup({"auto": 0, "reference": 0, **IMPLEMENTATIONS}, self.implementation, "implementation")
         require(0 <= self.dropout < 1, "dropout", self.dropout, "a rate from 0 to below 1")
@@ -146,7 +153,7 @@ class ModelConfig:
     @property
     def hidden(self) -> int:
         """Return F; the default gives both MLPs the same number of weights (a multiple of 8)."""
-        default = 4 * self.width if self.mlp == "gelu" else -(-8 * self.width // 3 // 8) * 8
+        default = -(-8 * self.width // 3 // 8) * 8 if self.mlp == "swiglu" else 4 * self.width
         return self.ff_width or default
 
     def mixer(self, layer: int, length: int = 0, detached: bool = False) -> Any:

@@ -9,7 +9,7 @@ import jax
 
 from fastformer.core.errors import FieldError
 from fastformer.core.seq import Seq
-from fastformer.models.block import norm_of
+from fastformer.models.block import last_norm
 from fastformer.models.config import ModelConfig
 from fastformer.models.nats import chunked
 from fastformer.models.parts import Tables, embed, logits_of
@@ -38,6 +38,8 @@ class Decoder(nn.Module):
         Raises:
           FieldError: a field that it has no use for.
         """
+        if config.token_types:
+            raise FieldError("token_types", "a decoder has none; set it 0")
         if config.bidirectional:
             raise FieldError("bidirectional", "a decoder is causal; a model that may be is encoder")
         if config.encoder_layers:
@@ -61,7 +63,7 @@ class Decoder(nn.Module):
         tables = Tables.of(self)
         x_BTD = embed(c, tables, tokens_BT, seq, deterministic)
         x_BTD, state = run_stack(c, self.length, x_BTD, seq, state, deterministic)
-        x_BTD = norm_of(c)(name="norm")(x_BTD)
+        x_BTD = last_norm(c, x_BTD)
         if targets_BT is None:
             return logits_of(c, tables)(x_BTD), state
         scanned = 0 < c.loss_chunk < targets_BT.shape[1]

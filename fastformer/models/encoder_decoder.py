@@ -14,7 +14,7 @@ from fastformer.core.dtypes import COMPUTE
 from fastformer.core.errors import FieldError
 from fastformer.core.layers import zero_padding
 from fastformer.core.seq import Seq, whole
-from fastformer.models.block import Block, norm_of
+from fastformer.models.block import Block, last_norm
 from fastformer.models.config import ModelConfig
 from fastformer.models.parts import Tables, embed, logits_of
 from fastformer.models.stack import init_state
@@ -59,6 +59,8 @@ class EncoderDecoder(nn.Module):
         Raises:
           FieldError: it has no encoder, its decoder is not causal, or a field that it has no use for.
         """
+        if config.token_types:
+            raise FieldError("token_types", "an encoder_decoder has none; set it 0")
         if config.bidirectional:
             raise FieldError("bidirectional", "is of an encoder; that of an encoder_decoder always is")
         if not config.encoder_layers:
@@ -67,6 +69,8 @@ class EncoderDecoder(nn.Module):
             raise FieldError("scan", "an encoder_decoder has no scanned layers; set it False")
         if set(config.remat) != {"none"}:
             raise FieldError("remat", f"{config.remat} is not allowed; an encoder_decoder takes none")
+        if config.embedding_norm:
+            raise FieldError("embedding_norm", "is of a decoder or an encoder; set it False")
         if config.loss_chunk:
             raise FieldError("loss_chunk", "an encoder_decoder has its logits at once; set it 0")
 
@@ -97,7 +101,7 @@ class EncoderDecoder(nn.Module):
             block = Block(self.config, layer, self.length, "decoder", name=f"layer_{layer}")
             x_BTD, end = block(x_BTD, seq, states[layer], deterministic, context)
             ends.append(end)
-        x_BTD = norm_of(self.config)(name="norm")(x_BTD)
+        x_BTD = last_norm(self.config, x_BTD)
         return logits_of(self.config, tables)(x_BTD), Written(context, tuple(ends))
 
     def _encode(self, tables: Tables, source: Source, deterministic: bool) -> Context:
@@ -105,7 +109,7 @@ class EncoderDecoder(nn.Module):
         for layer in range(self.config.encoder_layers):
             block = Block(self.config, layer, self.length, "encoder", name=f"encoder_{layer}")
             x_BSD, _ = block(x_BSD, source.seq, None, deterministic)
-        x_BSD = norm_of(self.config)(name="encoder_norm")(x_BSD)
+        x_BSD = last_norm(self.config, x_BSD, "encoder_norm")
         return Context(constrain(zero_padding(x_BSD, source.seq), "BSD"), source.seq)
 
     def init_state(self, batch: int, capacity: int, context: Context | None = None) -> Written:

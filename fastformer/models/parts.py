@@ -14,7 +14,7 @@ from fastformer.core.alphabet import constrain
 from fastformer.core.dtypes import COMPUTE
 from fastformer.core.layers import Linear
 from fastformer.core.seq import Seq
-from fastformer.models.block import embedding_init
+from fastformer.models.block import embedding_init, norm_of
 from fastformer.models.config import ModelConfig
 
 
@@ -23,10 +23,12 @@ class Tables(NamedTuple):
 
     Attributes:
       embedding_VD: float32. position_TD: of learned positions, else None.
+      type_RD: of kinds of tokens, as BERT's two sentences (1810.04805, section 3), else None.
     """
 
     embedding_VD: jax.Array
     position_TD: jax.Array | None
+    type_RD: jax.Array | None
 
     @classmethod
     def of(cls, module: nn.Module) -> Tables:
@@ -34,16 +36,31 @@ class Tables(NamedTuple):
         c = module.config
         init = nn.with_logical_partitioning(embedding_init(c.width), ("V", "D"))
         embedding_VD = module.param("embedding", init, (module.vocabulary, c.width))
-        if c.positions != "learned":
-            return cls(embedding_VD, None)
-        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("T", "D"))
-        return cls(embedding_VD, module.param("positions", init, (module.length, c.width)))
+
+        def small(name: str, letter: str, size: int) -> jax.Array:
+            init = nn.with_logical_partitioning(nn.initializers.normal(0.02), (letter, "D"))
+            return module.param(name, init, (size, c.width))
+
+        return cls(
+            embedding_VD,
+            small("positions", "T", module.length) if c.positions == "learned" else None,
+            small("types", "R", c.token_types) if c.token_types else None,
+        )
 
 
 def embed(
-    config: ModelConfig, tables: Tables, tokens_BT: jax.Array, seq: Seq, deterministic: bool
+    config: ModelConfig,
+    tables: Tables,
+    tokens_BT: jax.Array,
+    seq: Seq,
+    deterministic: bool,
+    types_BT: jax.Array | None = None,
 ) -> jax.Array:
-    """Return the vectors of tokens at their positions, [B, T, D]; within a module's compact method."""
+    """Return the vectors of tokens at their positions, [B, T, D]; within a module's compact method.
+
+    Args:
+      types_BT: int32, the kind of each token; None is 0.
+    """
     dtype = COMPUTE[config.dtype]
     x_BTD = jnp.take(tables.embedding_VD, tokens_BT, axis=0).astype(dtype)
     if config.positions == "sinusoidal":
@@ -51,6 +68,11 @@ def embed(
         x_BTD += (sinusoids(seq.position_BT, config.width) * config.width**-0.5).astype(dtype)
     if tables.position_TD is not None:
         x_BTD += jnp.take(tables.position_TD, seq.position_BT, axis=0).astype(dtype)
+    if tables.type_RD is not None:
+        types_BT = jnp.zeros_like(tokens_BT) if types_BT is None else types_BT
+        x_BTD += jnp.take(tables.type_RD, types_BT, axis=0).astype(dtype)
+    if config.embedding_norm:
+        x_BTD = norm_of(config)(name="embedding_norm")(x_BTD)
     return nn.Dropout(config.dropout)(constrain(x_BTD, "BTD"), deterministic=deterministic)
 
 

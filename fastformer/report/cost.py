@@ -28,7 +28,12 @@ def flops(fn: Callable[..., Any], *args: Any) -> int:
     Raises:
       ValueError: a product stands in a while loop, whose number of turns the trace does not tell.
     """
-    return _of_jaxpr(jax.make_jaxpr(fn)(*args).jaxpr)
+    return flops_of(jax.make_jaxpr(fn)(*args))
+
+
+def flops_of(program: jex.ClosedJaxpr) -> int:
+    """Return the same of a program that was traced already; it raises the same."""
+    return _of_jaxpr(program.jaxpr)
 
 
 def state_bytes(model: nn.Module, length: int) -> int:

@@ -8,23 +8,27 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
 
 from fastformer.core import config as configuration
+from fastformer.core.supervisor import passing_on
 from fastformer.report import summary
 from fastformer.report.claims import FAILS
 from fastformer.report.folder import Experiment, append_row, current, read, read_rows, row_of
 from fastformer.report.run_report import read_result
 
+Start = Callable[[Sequence[tuple[Sequence[str], Path]], Sequence[int]], Iterator[tuple[int, int]]]
 RUNS = Path("runs")
 RESULTS = "results.jsonl"
 DONE, FAILED, USER_MISTAKE, CLAIM_FAILED = 0, 1, 2, 3
 
 
-def run_experiment(folder: str, smoke: bool, launch: Path) -> int:
+def run_experiment(folder: str, smoke: bool, launch: Path, start: Start | None = None) -> int:
     """Run every arm and seed without a result, each as a process of its own; return the exit code.
 
     A full run appends to ``folder/results.jsonl`` and rewrites the README's results and picture. A
@@ -34,6 +38,7 @@ def run_experiment(folder: str, smoke: bool, launch: Path) -> int:
     Args:
       folder: such as ``experiments/mixers``.
       launch: the program that makes one run, ``launch.py``.
+      start: what starts all of them at once; default is one after another, here.
 
     Returns:
       0 done or stopped, 3 a claim fails; when a run failed 1, or 2 if by the user's mistake.
@@ -49,18 +54,12 @@ def run_experiment(folder: str, smoke: bool, launch: Path) -> int:
         shutil.rmtree(where, ignore_errors=True)
     rows = read_rows(where / RESULTS)
     missing = _missing(experiment, rows)
-    codes, child = [], _Child()
-    with child.signals():
-        for index, (arm, seed) in enumerate(missing, start=1):
-            print(f"{experiment.name}: run {index} of {len(missing)}: arm {arm}, seed {seed}", flush=True)
-            workdir = runs / f"{arm}-{seed}"
-            config = experiment.config(arm, seed)
-            _set_aside(workdir, configuration.sha256(config))
-            flags = [f"--config={experiment.config_argument(arm)}", f"--workdir={workdir}"]
-            flags += [f"--config.{key}={value}" for key, value in experiment.flags(seed)]
-            code, last_line = child.run([sys.executable, str(launch), *flags])
+    codes, child, planned = [], _Child(), [_plan(experiment, *key, runs, launch) for key in missing]
+    with passing_on(child.signal) as child.asked:
+        for index, code, last_line in _ends(planned, start, child, experiment.name):
+            arm, seed, config, (_, workdir) = planned[index]
             result = read_result(workdir)
-            if child.stopped:
+            if child.asked:
                 break
             if code == DONE and result.get("config_sha256") != configuration.sha256(config):
                 code, last_line = FAILED, f"it left no result of this configuration in {workdir}"
@@ -72,11 +71,43 @@ def run_experiment(folder: str, smoke: bool, launch: Path) -> int:
             codes.append(code)
     rows = read_rows(where / RESULTS)
     summary.write(experiment, rows, where)
-    if child.stopped:
+    if child.asked:
         print(f"{experiment.name}: stopped; the same command goes on from here")
         return DONE
     print(f"{experiment.name}: {where / summary.README} shows the results")
     return _verdict(experiment, rows, smoke, [code for code in codes if code != DONE])
+
+
+class _Planned(NamedTuple):
+    """A run to be made: of which arm and seed, its configuration, and its command and workdir."""
+
+    arm: str
+    seed: int
+    config: ConfigDict
+    run: tuple[Sequence[str], Path]
+
+
+def _plan(experiment: Experiment, arm: str, seed: int, runs: Path, launch: Path) -> _Planned:
+    workdir, config = runs / f"{arm}-{seed}", experiment.config(arm, seed)
+    flags = [f"--config={experiment.config_argument(arm)}", f"--workdir={workdir}"]
+    flags += [f"--config.{key}={value}" for key, value in experiment.flags(seed)]
+    return _Planned(arm, seed, config, ([sys.executable, str(launch), *flags], workdir))
+
+
+def _ends(
+    planned: Sequence[_Planned], start: Start | None, child: _Child, name: str
+) -> Iterator[tuple[int, int, str]]:
+    """Make all runs; yield index, exit code and the last line of stderr of each as it ends."""
+    if start is not None:
+        for one in planned:
+            _set_aside(one.run[1], configuration.sha256(one.config))
+        for index, code in start([one.run for one in planned], child.asked):
+            yield index, code, f"{planned[index].run[1]} holds what it wrote"
+        return
+    for index, one in enumerate(planned):
+        print(f"{name}: run {index + 1} of {len(planned)}: arm {one.arm}, seed {one.seed}", flush=True)
+        _set_aside(one.run[1], configuration.sha256(one.config))
+        yield index, *child.run(one.run[0])
 
 
 def _missing(experiment: Experiment, rows: list[dict]) -> list[tuple[str, int]]:
@@ -112,7 +143,7 @@ def _verdict(experiment: Experiment, rows: list[dict], smoke: bool, failures: li
 class _Child:
     """The run under way. It has a process group of its own, so that it gets each signal once, from here."""
 
-    stopped: bool = False
+    asked: Sequence[int] = ()
     process: subprocess.Popen | None = field(default=None)
 
     def run(self, command: list[str]) -> tuple[int, str]:
@@ -120,7 +151,7 @@ class _Child:
         self.process = subprocess.Popen(
             command, stderr=subprocess.PIPE, text=True, errors="replace", process_group=0
         )
-        if self.stopped:  # the signal came while the process started
+        if self.asked:  # the signal came while the process started
             self.process.send_signal(signal.SIGTERM)
         last = [""]
         copier = threading.Thread(target=_copy, args=(self.process.stderr, last), daemon=True)
@@ -129,21 +160,10 @@ class _Child:
         copier.join(timeout=5)  # a worker that outlives the run may hold the pipe open
         return code, last[0]
 
-    @contextmanager
-    def signals(self) -> Iterator[None]:
-        """Within it, SIGINT and SIGTERM go to the run under way and start no other."""
-
-        def forward(number: int, frame: object) -> None:
-            self.stopped = True
-            if self.process is not None and self.process.poll() is None:
-                self.process.send_signal(number)
-
-        handlers = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+    def signal(self, number: int) -> None:
+        """Send a signal to the run under way."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(number)
 
 
 def _copy(stream: object, last: list[str]) -> None:

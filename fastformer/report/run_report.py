@@ -12,6 +12,7 @@ from fastformer.core.errors import UserError
 from fastformer.report import plots, tables
 
 REPORT, PICTURE = "report.md", "loss.png"
+SLOW_DATA = 0.1  # fraction of training's time
 YARDSTICKS = {
     "gzip_bits_per_byte": "gzip -9 on the same bytes, bits per byte",
     "xz_bits_per_byte": "xz -9 on the same bytes, bits per byte",
@@ -108,6 +109,14 @@ def _results(result: Mapping[str, Any]) -> str:
     for name, (title, write) in MEASURES.items():
         if result.get(name, 0) is not None:  # None: a model of this kind has none
             rows.append((title, write(result.get(name))))
+    if result.get("utilisation") is not None:
+        ceiling = result["ceiling"]
+        found = f"{result['utilisation']:.3g} of {tables.count(ceiling['flops_per_second'])}FLOP/s"
+        rows.append(("model FLOPs utilisation", f"{found} ({ceiling['origin']})"))
+    if "data_wait_fraction" in result:
+        share = result["data_wait_fraction"]
+        verdict = ": data is too slow" if share > SLOW_DATA else ""
+        rows.append(("of training, waiting for data", f"{share:.1%}{verdict}"))
     if result.get("skipped_steps"):
         rows.append(("steps skipped (not finite, or a spike)", tables.number(result["skipped_steps"])))
     for back in result.get("rollbacks", ()):

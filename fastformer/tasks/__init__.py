@@ -16,11 +16,12 @@ from fastformer.tasks.mlm import MLM
 from fastformer.tasks.qa import QA
 from fastformer.tasks.recall import Recall
 from fastformer.tasks.reviews import Reviews
-from fastformer.tasks.task import Task, check_fits
+from fastformer.tasks.similarity import Similarity
+from fastformer.tasks.task import Task, check_fits, check_tokens
 from fastformer.tasks.text import Text
 from fastformer.tasks.translate import Translate
 
-__all__ = ["TASKS", "Task", "build"]
+__all__ = ["TASKS", "Task", "build", "check_tokens"]
 
 TASKS: dict[str, type[Task]] = {
     "text": Text,
@@ -35,6 +36,7 @@ TASKS: dict[str, type[Task]] = {
     "translate": Translate,
     "qa": QA,
     "answer": Answer,
+    "similarity": Similarity,
 }
 
 

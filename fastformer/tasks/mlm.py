@@ -24,6 +24,7 @@ class MLM(Task):
     models = ("encoder",)
     metric = "accuracy"
     higher = True
+    lossy = True
 
     name: str = "mlm"
     chosen: float = 0.15

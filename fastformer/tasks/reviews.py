@@ -24,6 +24,7 @@ class Reviews(Classify):
     """
 
     kind = "labelled"
+    lossy = True
 
     name: str = "reviews"
     classes: int = 2
@@ -44,7 +45,7 @@ class Reviews(Classify):
 
         def row(split, index):
             text, label = texts[split][index]
-            tokens = [tokeniser.eod, *tokeniser.encode(text)][: data.length]
+            tokens = tokeniser.alone(text, data.length)
             return label_row(np.asarray(tokens), label, data.length)
 
         counts = {split: len(some) for split, some in texts.items()}

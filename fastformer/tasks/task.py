@@ -36,6 +36,7 @@ class Task:
     metric: ClassVar[str]  # of its quality, what the best checkpoint is best in
     higher: ClassVar[bool] = False  # a higher metric is better
     chunked: ClassVar[bool] = False  # its loss goes by config.model.loss_chunk
+    lossy: ClassVar[bool] = False  # tokens may lose some of the text: it counts no bytes and cuts none out
     asks: ClassVar[tuple[str, ...]] = ()  # flags of --mode=generate that it answers, all of them needed
 
     name: str
@@ -137,6 +138,19 @@ def check_fits(task: Task, config: ConfigDict) -> None:
     if config.model.loss_chunk and not task.chunked:
         raise FieldError("config.model.loss_chunk", f"the loss of {task.name} wants all logits; set it 0")
     check_kind(config.data.source, task.kind)
+
+
+def check_tokens(task: Task, tokeniser: Any) -> None:
+    """Check that a task can do with what the tokens keep of the text.
+
+    Raises:
+      UserError: it cannot.
+    """
+    if tokeniser is not None and not tokeniser.lossless and not task.lossy:
+        raise UserError(
+            f"config.data.tokeniser: the task {task.name} needs the text back as it was, and word pieces "
+            "lose case and spaces; mlm, similarity and reviews can do with them"
+        )
 
 
 def apply(model: nn.Module, params: Any, batch: Batch, rng: jax.Array | None, **inputs: Any) -> jax.Array:

@@ -13,7 +13,7 @@ import numpy as np
 from fastformer.core.config import section
 from fastformer.core.errors import require
 from fastformer.core.mesh import batch_sharding, use
-from fastformer.decode import GenerateConfig, complete
+from fastformer.decode import GenerateConfig, TokenByToken, complete, stored
 from fastformer.tasks.task import Complete
 from fastformer.train.setup import Run
 
@@ -26,9 +26,10 @@ class EvaluateConfig:
     rows: int
     overlap: int
     batch: int
+    state_rows: int = 32
 
     def __post_init__(self) -> None:
-        for field in ("every", "rows", "overlap", "batch"):
+        for field in ("every", "rows", "overlap", "batch", "state_rows"):
             require(getattr(self, field) >= 0, field, getattr(self, field), "0 or more")
         require(self.batch <= 2**20, "batch", self.batch, f"at most {2**20:,}")
 
@@ -99,7 +100,26 @@ def apart(run: Run, params: Any, limit: int = 0) -> dict[str, float]:
 def decoded(run: Run, params: Any, limit: int = 0) -> dict[str, float]:
     """Return the metrics of what ``params`` generate for the first ``limit`` held-out rows (0: all)."""
     with use(run.mesh, run.rules):
-        return run.task.decoded(completer(run, params), run.data, limit)
+        found = run.task.decoded(completer(run, params), run.data, limit)
+    return found | through_state(run, params)
+
+
+def through_state(run: Run, params: Any) -> dict[str, float]:
+    """Return the task's first metric of held-out rows that are read token by token, as decoding reads.
+
+    Once through the state as it is and once as config.generate.state stores it, so that the difference is
+    what storing it costs. Empty where it is stored as it is, and of models that have no state of their rows.
+    """
+    state, metric = section(GenerateConfig, run.config, "generate").state, run.task.metric
+    if state == "float" or not hasattr(run.model, "init_state") or run.model.reads_sources:
+        return {}
+    found = {}
+    for name in ("float", state):
+        model = TokenByToken(stored(run.model, name))
+        rows = section(EvaluateConfig, run.config, "evaluate").state_rows
+        quality = make_evaluate(dataclasses.replace(run, model=model))(params, rows).quality
+        found[f"{metric}_{name}_state"] = quality[metric]
+    return found
 
 
 def completer(run: Run, params: Any) -> Complete:

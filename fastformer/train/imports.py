@@ -8,22 +8,24 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 from safetensors.numpy import save
 
-from fastformer import interop
+from fastformer import interop, tasks
 from fastformer.compress.store import WEIGHTS
 from fastformer.compress.teacher import open_teacher
 from fastformer.core.config import CONFIG
 from fastformer.core.errors import FieldError, UserError
+from fastformer.core.mesh import use
 from fastformer.core.trees import paths
 from fastformer.data.atomic import atomic, make_directory
 from fastformer.data.tokenisers import OF_RUN
-from fastformer.train import setup
+from fastformer.train import deployed, setup
 
 
 def make(config: ConfigDict, workdir: Path, source: str) -> str:
     """Make a workdir of the model in ``source``, to be evaluated, sampled, taught from and begun with.
 
     Args:
-      config: its section ``model`` becomes the model's.
+      config: its section ``model`` becomes the model's; its compression methods round or prune what is
+        stored, once, looking at its text where they do.
 
     Raises:
       UserError: the workdir is a run already, or ``interop.read`` cannot read the model.
@@ -33,16 +35,28 @@ def make(config: ConfigDict, workdir: Path, source: str) -> str:
     found = interop.read(source, config)
     config = found.config.copy_and_resolve_references().unlock()
     config.data.tokeniser = f"{OF_RUN}{workdir}"
+    task = tasks.build(config)
+    if task.head is not None and task.head.size:
+        raise UserError(
+            f"config.task.name: {task.name} ends in a head, which no model from elsewhere brings along; "
+            "import for another task, and train this one from there (config.train.init)"
+        )
+    config.lock()
     make_directory(workdir, "--workdir")
     found.tokeniser.save(workdir)
+    weights = save(paths(found.params))
+    if config.compress.methods:
+        run = setup.build_run(config, workdir)
+        with use(run.mesh, run.rules):
+            weights = deployed.to_bytes(run, deployed.export(run, found.params))
     with atomic(workdir / WEIGHTS) as file:
-        file.write(save(paths(found.params)))
-    setup.keep_config(config.lock(), workdir)
+        file.write(weights)
+    setup.keep_config(config, workdir)
     count = sum(x.size for x in paths(found.params).values())
     return (
-        f"{workdir}: {count:,} parameters, {found.tokeniser.size:,} tokens, rows of {config.data.length} "
-        f"of the {found.longest:,} that it can hold; it goes where a finished run does: config.train.init, "
-        "config.compress.distil.teacher, --mode=evaluate, generate and export"
+        f"{workdir}: {count:,} parameters in {len(weights):,} bytes, {found.tokeniser.size:,} tokens, "
+        f"rows of {config.data.length} of the {found.longest:,} that it can hold; it goes where a finished "
+        "run does: config.train.init, config.compress.distil.teacher, --mode=evaluate, generate and export"
     )
 
 

@@ -20,12 +20,16 @@ METRICS, EVENTS = "metrics.jsonl", "tensorboard"
 
 @dataclass(frozen=True)
 class LogConfig:
-    """Attributes: every, steps between lines."""
+    """Attributes: every, steps between lines; trace_from, trace_steps: which steps the profiler watches."""
 
     every: int
+    trace_from: int
+    trace_steps: int
 
     def __post_init__(self) -> None:
-        require(self.every >= 1, "every", self.every, "1 or more")
+        for field in ("every", "trace_from"):
+            require(getattr(self, field) >= 1, field, getattr(self, field), "1 or more")
+        require(self.trace_steps >= 0, "trace_steps", self.trace_steps, "0 or more")
 
 
 class MetricsLog:

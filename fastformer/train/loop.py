@@ -19,15 +19,17 @@ from fastformer.train import deployed, result, setup
 from fastformer.train.begin import begun
 from fastformer.train.checkpoint import CheckpointConfig, Checkpoints, Restored
 from fastformer.train.evaluate import EvaluateConfig, Evaluation, apart, decoded, make_evaluate
+from fastformer.train.gauge import Trace, make_gauge
 from fastformer.train.logging import LogConfig, MetricsLog
 from fastformer.train.optimiser import make_optimiser
 from fastformer.train.precision import Plan
 from fastformer.train.progress import ProgressLine, clock
-from fastformer.train.session import BadSteps, Session, Times
+from fastformer.train.session import BadSteps, Session
 from fastformer.train.setup import Run
 from fastformer.train.state import TrainState, abstract_state, initial_state
-from fastformer.train.step import compile_all, put_batch
+from fastformer.train.step import compile_all
 from fastformer.train.stop import Stop, Stopped
+from fastformer.train.times import Times
 
 
 def train(config: ConfigDict, workdir: Path | str, devices: list[jax.Device] | None = None) -> None:
@@ -87,9 +89,10 @@ def _train(run: Run, tx: Any, schedule: Any, stop: Stop) -> None:
             # Before the minutes of compiling: the text may be too short, another run's weights not there.
             iterator = _iterator(run, restored.data if restored else None)
             state = restored.state if restored else _first(run, tx, abstract, line)
-            programs = {}
+            frozen, programs, gauge = deployed.frozen(run), {}, None
             if run.config.train.steps:
-                programs = compile_all(run, tx, schedule, abstract, plan, deployed.frozen(run))
+                programs = compile_all(run, tx, schedule, abstract, plan, frozen)
+                gauge = make_gauge(run, tx, schedule, abstract, programs[plan.at(step)], frozen)
             session = Session(
                 run=run,
                 stop=stop,
@@ -104,14 +107,18 @@ def _train(run: Run, tx: Any, schedule: Any, stop: Stop) -> None:
                 step=step,
                 best=_best(restored),
                 times=Times(**restored.progress["times"]) if restored else Times(),
+                gauge=gauge,
+                trace=Trace(section(LogConfig, run.config, "log"), run.workdir),
                 rollbacks=restored.progress["rollbacks"] if restored else [],
+                first=step,
             )
             # From here on nothing is left that a mistake in the configuration could stop.
             setup.keep_config(run.config, run.workdir)
             session.times.run += sum(program.seconds for program in session.programs.values())
-            session.marked = step, session.times.stepping
-            if _reach_the_end(session, abstract):
-                _finish(session)
+            session.mark()
+            with contextlib.closing(session.trace):
+                if _reach_the_end(session, abstract):
+                    _finish(session)
 
 
 def _origin(step: int) -> str:
@@ -164,10 +171,7 @@ def _reach_the_end(s: Session, abstract: TrainState) -> bool:
 def _advance(s: Session) -> bool:
     """Make one more step, and what is due after it; return False if asked to stop."""
     config = s.run.config
-    s.state, metrics = s.program.call(s.state, put_batch(s.run, next(s.iterator)))
-    s.step += 1
-    s.pending.append((s.step, metrics, s.iterator.get_state()))
-    s.look()
+    s.advance()
     last = s.step == config.train.steps
     every = config.evaluate.every
     better = _evaluate(s) if every and (last or s.step % every == 0) else False
@@ -206,7 +210,7 @@ def _go_back(s: Session, abstract: TrainState, bad: BadSteps) -> None:
     s.iterator.set_state(bad.data)
     s.log.rewind(restored.step)
     s.state, s.step, s.best, s.last, s.streak = restored.state, restored.step, _best(restored), None, 0
-    s.marked = s.step, s.times.stepping
+    s.mark()
 
 
 def _evaluate(s: Session) -> bool:
@@ -249,7 +253,7 @@ def _finish(s: Session) -> None:
         if not known:
             _write_heldout(s, found)
         quality = found.quality | apart(s.run, weights) | decoded(s.run, weights)
-    times = vars(s.times)
+    s.say_waiting()
     program = s.program if s.programs else None
-    written = result.write_result(s.run, s.state, weights, program, quality, times, s.rollbacks)
+    written = result.write_result(s.run, s.state, weights, program, quality, s.times, s.gauge, s.rollbacks)
     s.line.say(f"trained and evaluated in {clock(s.times.run)}; {written}")

@@ -23,15 +23,17 @@ from fastformer.compress.store import WEIGHTS
 from fastformer.core import config as configuration
 from fastformer.core.trees import count
 from fastformer.data.atomic import atomic
-from fastformer.decode import decode_tokens_per_second
-from fastformer.report.cost import flops, state_bytes
+from fastformer.decode import decode_tokens_per_second, stored
+from fastformer.report.cost import state_bytes
 from fastformer.report.run_report import REPORT, write_report
 from fastformer.train import deployed
 from fastformer.train.checkpoint import FOLDER
 from fastformer.train.evaluate import completer
+from fastformer.train.gauge import Gauge
 from fastformer.train.setup import Run
 from fastformer.train.state import TrainState, abstract_params
-from fastformer.train.step import CompiledStep, abstract_batch
+from fastformer.train.step import CompiledStep, peak_memory_bytes
+from fastformer.train.times import Times
 
 RESULT = "result.json"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -71,7 +73,8 @@ def write_result(
     weights: Any,
     step_fn: CompiledStep | None,
     quality: Mapping[str, float],
-    times: Mapping[str, float],
+    times: Times,
+    gauge: Gauge | None,
     rollbacks: Sequence[Mapping[str, int]] = (),
 ) -> Path:
     """Write the last weights as safetensors, then ``result.json``, then the report; return the report's path.
@@ -80,15 +83,14 @@ def write_result(
       weights: of ``state``, as deployed.
       step_fn: that made ``state``; none where nothing was trained.
       quality: of the last weights on the whole held-out split.
-      times: seconds of the ``run``, and of its ``stepping`` alone.
+      times: seconds that it took.
+      gauge: what its speed is measured against; none where nothing was trained.
       rollbacks: from which step the run went back to which.
     """
     config, step = run.config, int(state.step)
-    tokens = config.train.batch * config.data.length
-    decodes = hasattr(run.model, "init_state")
+    decodes, decoder = hasattr(run.model, "init_state"), stored(run.model, config.generate.state)
     samples = run.task.samples(completer(run, weights), run.data, config.generate.prompt)
-    stored = deployed.to_bytes(run, weights)
-    abstract = jax.eval_shape(lambda: state)
+    packed = deployed.to_bytes(run, weights)
     found = {
         "name": config.name,
         "step": step,
@@ -98,13 +100,11 @@ def write_result(
         "yardsticks": run.data.yardsticks(),
         "samples": samples,
         "parameters": count(abstract_params(dataclasses.replace(run, model=bare(run.model)))),
-        "bytes_on_disk": len(stored),
-        "train_tokens_per_second": step * tokens / max(times["stepping"], 1e-9) if step else None,
-        "decode_tokens_per_second": decode_tokens_per_second(run.model, weights) if decodes else None,
-        "state_bytes": state_bytes(run.model, config.data.length) if decodes else None,
-        "flops_per_token": step_fn and flops(step_fn.traced, abstract, abstract_batch(run)) // tokens,
-        "peak_memory_bytes": step_fn and peak_memory_bytes(run.mesh, step_fn),
-        "wall_seconds": times["run"],
+        "bytes_on_disk": len(packed),
+        "decode_tokens_per_second": decode_tokens_per_second(decoder, weights) if decodes else None,
+        "state_bytes": state_bytes(decoder, config.data.length) if decodes else None,
+        **(_of_training(run, step_fn, gauge, times, step) if step_fn else {}),
+        "wall_seconds": times.run,
         "skipped_steps": int(state.guard.skipped),
         "rollbacks": list(rollbacks),
         "config_sha256": configuration.sha256(config),
@@ -115,17 +115,25 @@ def write_result(
         "command": shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]]),
     }
     if jax.process_index() == 0:
-        for name, content in ((WEIGHTS, stored), (RESULT, (json.dumps(found, indent=2) + "\n").encode())):
+        for name, content in ((WEIGHTS, packed), (RESULT, (json.dumps(found, indent=2) + "\n").encode())):
             with atomic(run.workdir / name) as file:
                 file.write(content)
         write_report(run.workdir)
     return run.workdir / REPORT
 
 
-def peak_memory_bytes(mesh: Mesh, step_fn: CompiledStep) -> int:
-    """Return the most memory one device held: as it counted, or as XLA planned where it does not count."""
-    stats = mesh.local_devices[0].memory_stats() or {}
-    return int(stats.get("peak_bytes_in_use", step_fn.memory_bytes))
+def _of_training(run: Run, step_fn: CompiledStep, gauge: Gauge, times: Times, steps: int) -> dict[str, Any]:
+    """Return what the steps took; nothing of it is known of a run that made none."""
+    tokens = run.config.train.batch * run.config.data.length
+    pace = steps / max(times.stepping, 1e-9)
+    return {
+        "train_tokens_per_second": pace * tokens,
+        "flops_per_token": None if step_fn.flops is None else step_fn.flops // tokens,
+        "utilisation": gauge.utilisation(pace),
+        "ceiling": {"flops_per_second": gauge.ceiling, "origin": gauge.origin},
+        "data_wait_fraction": times.waiting / max(times.stepping, 1e-9),
+        "peak_memory_bytes": peak_memory_bytes(run.mesh, step_fn),
+    }
 
 
 def device(mesh: Mesh) -> str:

@@ -112,6 +112,7 @@ def build_run(config: ConfigDict, workdir: Path | str, devices: list[jax.Device]
     compression.model(models.build(config, 1, data_config.length, task.head))
     workdir = Path(workdir)
     data = task.open(data_config, workdir, config)
+    tasks.check_tokens(task, data.tokeniser)
     data.heldout_rows(config.evaluate.overlap)  # refuses an overlap that cannot be before anything is written
     model = models.build(config, data.vocabulary, data_config.length, task.head)
     check_sizes(config, data.vocabulary, mesh, axis_rules)

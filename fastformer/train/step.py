@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fastformer.core.dtypes import POLICIES, Policy
 from fastformer.core.mesh import batch_sharding
+from fastformer.report.cost import flops_of
 from fastformer.train.gradients import NOTHING, Batch, make_gradients
 from fastformer.train.guard import judge
 from fastformer.train.precision import Plan, in_policy
@@ -31,13 +32,15 @@ class CompiledStep:
 
     Attributes:
       call: ``(state, batch) -> (state, metrics)``; it takes over the state's memory.
-      traced: the same, not compiled: what counts FLOPs.
+      policy: a row of core.dtypes.POLICIES.
+      flops: of its matrix products, as it stands, over all devices; None where they cannot be counted.
       seconds: spent compiling.
       memory_bytes: that XLA plans for on one device: arguments, results and temporaries.
     """
 
     call: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-    traced: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    policy: str
+    flops: int | None
     seconds: float
     memory_bytes: int
 
@@ -118,7 +121,8 @@ def compile_train_step(
     frozen = dict(frozen)
     start = time.perf_counter()
     step = jit_train_step(run, tx, schedule, abstract, policy)
-    compiled = step.lower(abstract, abstract_batch(run), frozen).compile()
+    traced = step.trace(abstract, abstract_batch(run), frozen)
+    compiled = traced.lower().compile()
     plan = compiled.memory_analysis()
     # Donated arguments are counted among the results too.
     memory = (
@@ -129,10 +133,19 @@ def compile_train_step(
     )
     return CompiledStep(
         lambda state, batch: compiled(state, batch, frozen),
-        lambda state, batch: step(state, batch, frozen),
+        policy or run.config.model.dtype,
+        count(traced),
         time.perf_counter() - start,
         int(memory),
     )
+
+
+def count(traced: Any) -> int | None:
+    """Return the FLOPs of a traced program; None where a loop hides how many there are."""
+    try:
+        return flops_of(traced.jaxpr)
+    except ValueError:
+        return None
 
 
 def compile_all(
@@ -161,3 +174,9 @@ def put_batch(run: Run, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]
     """Return the global batch whose rows of this process are ``batch``."""
     layout = batch_sharding(run.mesh, run.rules)
     return {name: jax.make_array_from_process_local_data(layout, x) for name, x in batch.items()}
+
+
+def peak_memory_bytes(mesh: Mesh, step_fn: CompiledStep) -> int:
+    """Return the most memory one device held: as it counted, or as XLA planned where it does not count."""
+    stats = mesh.local_devices[0].memory_stats() or {}
+    return int(stats.get("peak_bytes_in_use", step_fn.memory_bytes))
