@@ -23,9 +23,8 @@ from fastformer.decode.stored import Rounded, load, store
 
 # Kinds of state: slots, clusters beside the keys, a normaliser as a column, a memory, vectors, a window.
 KINDS = ("softmax", "lsh", "linear", "gated_delta", "rg_lru", "aft")
-EXACT = {"lsh": 2, "routing": 1, "mlstm": 1} | {
-    name: 1 for name in ("linear", "performer", "random_features", "based", "hedgehog", "lolcats", "cosformer")
-}
+KERNELS = ("linear", "performer", "random_features", "based", "hedgehog", "lolcats", "cosformer")
+EXACT = {"lsh": 2, "routing": 1, "mlstm": 1} | dict.fromkeys(KERNELS, 1)
 VECTORS = ("rg_lru",)  # whose state has no array that is rounded
 
 
