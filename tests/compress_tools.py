@@ -7,9 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from flax import linen as nn
-from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 from tiny import tiny_config
 
@@ -67,23 +65,6 @@ def task_loss(model, params, rng=None):
     """Return the mean nats of a batch."""
     nats, targets = tasks.Text().loss(model, params, batch(), rng)
     return nats / targets
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Let the trainings of a file share what XLA compiled."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 def plain_place(x, letters):

@@ -10,7 +10,7 @@ import signal
 import numpy as np
 import optax
 import pytest
-from compress_tools import DEVICES, compiled_once, configured, train  # noqa: F401
+from compress_tools import DEVICES, configured, train
 
 from fastformer import compress
 from fastformer.compress import Compression, Method, store
@@ -18,6 +18,8 @@ from fastformer.compress.frame import METHODS
 from fastformer.core.errors import FieldError, UserError
 from fastformer.train import loop, modes
 from fastformer.train.logging import MetricsLog
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 class Tracer(Method):

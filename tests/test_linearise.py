@@ -16,7 +16,6 @@ from compress_tools import (
     LENGTH,
     VOCABULARY,
     batch,
-    compiled_once,  # noqa: F401
     configured,
     logits,
     plain_place,
@@ -38,6 +37,8 @@ from fastformer.train import loop, modes, setup
 from fastformer.train.checkpoint import restore_params
 from fastformer.train.logging import MetricsLog
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 SHORT = {"evaluate__every": 0, "optimiser__warmup_steps": 1}
 HYBRID = {"model__attention__name": "lolcats", "model__attention__window": 4}
 TRANSFER = 6  # updates
@@ -50,7 +51,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def teacher(folder):
+def teacher(folder, compiled_once):
     return train(configured(folder, train__steps=2, **SHORT), folder / "teacher")
 
 
