@@ -114,7 +114,8 @@ def flip(path):
 
 
 def largest(folder):
-    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    """Return the largest file of numbers: what describes them may be larger, and is not all read."""
+    return max(folder.rglob("d/*"), key=lambda path: path.stat().st_size)
 
 
 def truncate(path):
@@ -123,7 +124,7 @@ def truncate(path):
 
 DAMAGE = {
     "weights flipped": lambda step: flip(largest(step / "params")),
-    "moments flipped": lambda step: flip(largest(step / "rest")),
+    "moments flipped": lambda step: [flip(path) for path in (step / "rest").rglob("d/*")],
     "weights truncated": lambda step: truncate(largest(step / "params")),
     "weights deleted": lambda step: largest(step / "params").unlink(),
     "index deleted": lambda step: (step / "params" / "manifest.ocdbt").unlink(),
