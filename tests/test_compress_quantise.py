@@ -228,7 +228,8 @@ def test_a_run_is_stored_evaluated_and_generates_from_integers(folder, tmp_path,
     out, err = capsys.readouterr()
     assert "as stored in" in err
     found = json.loads(out)
-    assert {name: found[name] for name in result["quality"]} == pytest.approx(result["quality"], rel=1e-6)
+    # Two programs: an input that lies between two integers may become either.
+    assert {name: found[name] for name in result["quality"]} == pytest.approx(result["quality"], rel=1e-4)
     modes.generate(config, tmp_path, {"prompt": ["the "]})
     assert result["samples"][0] in capsys.readouterr().out
     arrays["layer_0/mixer/query/weight/scale"] *= 0  # the file is what is run, not the checkpoint
