@@ -71,6 +71,13 @@ def test_stored_weights_do_as_training_did(folder, settings, bits, tolerance):
     assert 1e-4 * spread < error < tolerance * spread
 
 
+def test_biases_are_added_to_rounded_products(folder):
+    _, model, plain, params = made(configured(folder, "quantise", model__bias=True))
+    params = jax.tree_util.tree_map_with_path(lambda p, x: x + ("bias" in jax.tree_util.keystr(p)), params)
+    want = logits(plain, params)
+    assert float(jnp.sqrt(jnp.mean((logits(model, params) - want) ** 2))) < 0.03 * float(jnp.std(want))
+
+
 def test_int4_is_stored_in_the_range_of_int4_with_scales_by_output_or_group(folder):
     found = {}
     for group in (0, 8):

@@ -63,7 +63,8 @@ class Quantised(Wrapped):
             site, form = forms[path]
             one = dataclasses.replace(site, shape=module.shape)  # of scanned layers, the one at work
             weight = module.get_variable("params", "weight")
-            return linear(one, module.dtype, args[0], weight, form, self.active)
+            y = linear(one, module.dtype, args[0], weight, form, self.active)
+            return module.with_bias(y, module.get_variable("params", "bias")) if module.bias else y
 
         params = replace_leaves(variables["params"], table)
         with nn.intercept_methods(rounded):

@@ -39,8 +39,12 @@ class Linear(nn.Module):
         if self.bias:
             last = tuple(letter for letter in letters if letter in out)
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, last)
-            y += _broadcast(self.param("bias", zeros, y.shape[-len(last) :]), y.ndim).astype(self.dtype)
+            y = self.with_bias(y, self.param("bias", zeros, y.shape[-len(last) :]))
         return constrain(y, out)
+
+    def with_bias(self, y: jax.Array, bias: jax.Array) -> jax.Array:
+        """Return the products with the bias added, also where something else has made them."""
+        return y + _broadcast(bias, y.ndim).astype(self.dtype)
 
 
 class RMSNorm(nn.Module):
