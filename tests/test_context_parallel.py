@@ -81,7 +81,7 @@ def test_a_mesh_changes_neither_loss_nor_gradients(outcomes, name):
 
 
 def test_neighbours_hand_over_and_nobody_gathers_time(outcomes):
-    """Keys and values go from device to device; of all tokens nothing but their numbers is brought together."""
+    """Keys and values go from device to device; of all tokens only their numbers are brought together."""
     program = outcomes["sequence"][2]
     assert traffic(program)["collective-permute"].calls > 0
     gathered = re.findall(r"= \(?(?:f32|bf16|pred)\[([\d,]*)\]\S* all-gather", program)
