@@ -183,7 +183,7 @@ def test_it_is_imported_evaluated_asked_and_made_small(tmp_path, capsys, corpus)
     assert found[0]["mean_reciprocal_rank"] > 0.1 < found[0]["shared_words_mean_reciprocal_rank"]
     for key in ("cosine_of_pairs", "cosine_of_others", "mean_reciprocal_rank"):
         assert found[0][key] == pytest.approx(found[1][key], abs=0.1), key
-    assert cosines[0] != cosines[1] and np.allclose(*cosines, atol=0.05)
+    assert found[0]["cosine_of_pairs"] != found[1]["cosine_of_pairs"] and np.allclose(*cosines, atol=0.05)
     with pytest.raises(UserError, match="one is compared with nothing"):
         modes.generate(config, tmp_path / "int8", {"sentence": ["Alone."]})
 
