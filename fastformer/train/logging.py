@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
 from fastformer.core.errors import require
 from fastformer.data.atomic import atomic
@@ -53,7 +56,13 @@ class MetricsLog:
         with atomic(self._path) as file:
             file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
         self._file = open(self._path, "a")
-        self._events = SummaryWriter(str(self._path.parent / EVENTS), purge_step=step + 1, write_to_disk=True)
+        # Written here and now: a thread that writes them may die, of a full disk or a clock that jumps, and
+        # leave the run waiting for it.
+        folder = self._path.parent / EVENTS
+        folder.mkdir(exist_ok=True)
+        self._events = EventsWriter(str(folder / "events"), f".{time.monotonic_ns()}")
+        start = SessionLog(status=SessionLog.START)  # what comes after this step is written anew
+        self._events.write_event(Event(wall_time=time.time(), step=step + 1, session_log=start))
 
     def rewind(self, step: int) -> None:
         """Take back what was written after ``step``, from which the run goes on."""
@@ -69,7 +78,8 @@ class MetricsLog:
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         for name, value in values.items():
-            self._events.add_scalar(f"{split}/{name}", value, step)
+            summary = scalar(f"{split}/{name}", value)
+            self._events.write_event(Event(wall_time=time.time(), step=step, summary=summary))
 
     def sync(self) -> None:
         """Bring every line to the disk: before a checkpoint says that they are there."""
