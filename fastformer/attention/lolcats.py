@@ -197,6 +197,7 @@ class Lolcats(Hedgehog):
     """
 
     bidirectional: ClassVar[bool] = False
+    context_parallel: ClassVar[bool] = False
     branches: ClassVar[tuple[str, ...]] = ("window", "linear")
     small: ClassVar[dict] = {"window": 6}
 
