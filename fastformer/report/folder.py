@@ -23,6 +23,8 @@ from fastformer.report import claims
 
 DOCSTRING_PARTS = ("Question", "Command", "Hardware", "Minutes", "Expectation", "Source")
 
+LAYOUT = "sharding."  # keys that say where arrays lie: they change no result
+
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
@@ -157,8 +159,8 @@ def append_row(file: Path, row: Mapping[str, Any]) -> None:
 def current(rows: Iterable[Mapping[str, Any]], experiment: Experiment) -> dict[tuple[str, int], dict]:
     """Return ``{(arm, seed): row}``: of the rows made with today's configuration, the newest of each.
 
-    A row holds while every key that its configuration had has the same value today. A key that
-    came later does not make it stale: its default is what the run did without it.
+    A row holds while every key that its configuration had, but for LAYOUT, has the same value today. A
+    key that came later does not make it stale: its default is what the run did without it.
     """
     wanted = {
         (arm, seed): experiment.config(arm, seed) for arm in experiment.arms for seed in experiment.seeds
@@ -175,4 +177,5 @@ def _holds(row: Mapping[str, Any], config: ConfigDict) -> bool:
         return True
     today = json.loads(json.dumps(configuration.flatten(config)))
     absent = object()
-    return "config" in row and all(today.get(key, absent) == value for key, value in row["config"].items())
+    made_with = {key: value for key, value in row.get("config", {}).items() if not key.startswith(LAYOUT)}
+    return bool(made_with) and all(today.get(key, absent) == value for key, value in made_with.items())
