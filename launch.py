@@ -13,6 +13,7 @@ from fastformer.core import config as configuration
 from fastformer.core import distributed, launchers
 from fastformer.core.errors import UserError, explain
 from fastformer.core.flags import ASKED, FROM_CONFIG, lines_of, parse
+from fastformer.core.signals import asking
 
 ROOT = Path(__file__).resolve().parent
 
@@ -54,7 +55,8 @@ def run(argv: Sequence[str]) -> int:
 
 def main() -> int:
     """Run, with the user's mistakes as one line on stderr and exit code 2."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in asking():
+        signal.signal(number, signal.default_int_handler)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a prompt may hold what the terminal cannot show
         sys.stdout.reconfigure(errors="replace")
     try:

@@ -15,6 +15,7 @@ from tiny import write_texts
 import launch
 from fastformer.core import config as configuration
 from fastformer.core import flags as command_line
+from fastformer.core.signals import asking
 
 ROOT = Path(__file__).parent.parent
 BASE = "--config=configs/base.py"
@@ -23,9 +24,10 @@ BASE = "--config=configs/base.py"
 @pytest.fixture(autouse=True)
 def at_the_root(monkeypatch):
     monkeypatch.chdir(ROOT)
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in asking()}
     yield
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def run(capsys, monkeypatch, *argv):
@@ -118,6 +120,8 @@ def test_train_again_evaluate_generate(tmp_path, capsys, monkeypatch):
         ((BASE, "train"), "train: no such flag; did you mean --mode=train?"),
         ((BASE, "--experiment="), "--experiment: is empty"),
         (("--mode=evaluate", "--workdir=" + "a" * 300), "cannot be reached"),
+        ((BASE, "--config=configs/lm.py"), "--config: is given twice"),
+        ((BASE, "--mode=train", "--mode", "evaluate"), "--mode: is given twice"),
         ((BASE, "--prompt=x"), "--prompt: goes with --mode=generate"),
         ((BASE, "--source=x"), "--source: goes with --mode=generate"),
         ((BASE, "--config.task.name=txt"), "config.task.name: 'txt' is unknown; did you mean text?"),

@@ -25,6 +25,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from fastformer.core import config as configuration
 from fastformer.core.errors import UserError, explain
 from fastformer.core.mesh import use
+from fastformer.core.signals import asking
 from fastformer.core.trees import count, paths
 from fastformer.train import loop, session, setup
 from fastformer.train.evaluate import evaluate
@@ -168,7 +169,7 @@ def test_a_run_shows_what_it_waits_for_and_a_trace_of_some_steps(
     assert "FLOP/s (products of 512 x 512 matrices in float32, at the start)" in report
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signals_end_at_once_only_what_has_nothing_to_save(number):
     before = signal.getsignal(number)
     with Stop() as stop:
@@ -180,6 +181,11 @@ def test_signals_end_at_once_only_what_has_nothing_to_save(number):
         with pytest.raises(Stopped):
             signal.raise_signal(number)
     assert signal.getsignal(number) is before
+
+
+def test_a_closed_terminal_is_ignored_where_nohup_says_so(monkeypatch):
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_IGN)
+    assert signal.SIGHUP not in asking()
 
 
 def test_killed_inside_a_save_it_goes_on_to_the_same_losses(capfd):

@@ -33,6 +33,18 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
+class Once(argparse.Action):
+    """A flag that may be given once."""
+
+    def __call__(
+        self, parser: Parser, flags: argparse.Namespace, value: str, option: str | None = None
+    ) -> None:
+        """Keep the value, or raise where there is one."""
+        if getattr(flags, self.dest) is not None:
+            parser.error(f"{option}: is given twice")
+        setattr(flags, self.dest, value)
+
+
 def parser() -> Parser:
     """Return the parser of every flag but ``--config.<key>=<value>``."""
     p = Parser(
@@ -41,17 +53,25 @@ def parser() -> Parser:
         allow_abbrev=False,
     )
     p.add_argument(
-        "--config", metavar="FILE[:ARM]", help="a file with get_config(), as in configs/quickstart.py"
+        "--config",
+        action=Once,
+        metavar="FILE[:ARM]",
+        help="a file with get_config(), as in configs/quickstart.py",
     )
-    p.add_argument("--mode", choices=MODES, help="what to do (default: train)")
-    p.add_argument("--workdir", help="where the run lives (default: runs/<config name>)")
+    p.add_argument("--mode", action=Once, choices=MODES, help="what to do (default: train)")
+    p.add_argument("--workdir", action=Once, help="where the run lives (default: runs/<config name>)")
     for name, (mode, text) in ASKED.items():
         p.add_argument(f"--{name}", action="append", help=f"with --mode={mode}, as often as wanted: {text}")
     p.add_argument(
-        "--experiment", metavar="FOLDER", help="run all arms of an experiment that have no result yet"
+        "--experiment",
+        action=Once,
+        metavar="FOLDER",
+        help="run all arms of an experiment that have no result yet",
     )
     p.add_argument("--smoke", action="store_true", help="with --experiment: a short form, written elsewhere")
-    p.add_argument("--launcher", choices=launchers.LAUNCHERS, help="who starts config.distributed.processes")
+    p.add_argument(
+        "--launcher", action=Once, choices=launchers.LAUNCHERS, help="who starts config.distributed.processes"
+    )
     p.epilog = "--config.<key>=<value> changes any key of the config; configs/base.py lists them all."
     return p
 

@@ -19,6 +19,7 @@ from typing import BinaryIO
 
 from fastformer.core.distributed import DistributedConfig
 from fastformer.core.errors import UserError, require
+from fastformer.core.signals import asking
 
 LOGS = "logs"  # in a run's workdir: what each process wrote to stderr
 TICK = 0.2  # seconds between looks
@@ -149,14 +150,14 @@ class Ranks:
 
 @contextlib.contextmanager
 def passing_on(send: Callable[[int], None]) -> Iterator[list[int]]:
-    """Within it, SIGINT and SIGTERM go to ``send``; yield the list of those that came."""
+    """Within it, SIGINT, SIGTERM and SIGHUP go to ``send``; yield the list of those that came."""
     asked: list[int] = []
 
     def forward(number: int, frame: object) -> None:
         asked.append(number)
         send(number)
 
-    handlers = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.signal(number, forward) for number in asking()}
     try:
         yield asked
     finally:

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: save first, then end well."""
+"""A signal that asks to end: save first, then end well."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from fastformer.core.signals import asking
+
 
 class Stopped(BaseException):
     """Ends what a signal may end at once; no Exception, so that nothing on the way swallows it."""
 
 
 class Stop:
-    """Within it, SIGTERM and SIGINT end the work at once while nothing is to be saved, else set ``asked``.
+    """Within it, a signal that asks to end does so at once while nothing is to be saved, else sets ``asked``.
 
     Attributes:
       asked: a signal came.
@@ -29,7 +31,7 @@ class Stop:
 
     def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():  # only there can handlers be set
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in asking():
                 self._before[number] = signal.signal(number, self._handle)
         return self
 
