@@ -101,6 +101,9 @@ class Delta(Expanded):
 class GatedDelta(Delta):
     """Gated DeltaNet: the delta rule after Mamba-2's decay (Yang et al. 2024, 2412.06464, eq. 10).
 
+    Queries have at least as many heads as values here: Qwen3-Next's fewer (16 of queries and keys to 32 of
+    values) cannot be said, and its weights come in with queries and keys repeated.
+
     Attributes:
       value_expand: P / K; 2 as published, 1 in Qwen3-Next.
       norm_gate, negative: as in delta.
