@@ -200,7 +200,7 @@ def test_a_damaged_gz_is_a_users_mistake(tmp_path):
         ("source", "python_code:x", "unknown"),
         ("tokeniser", "bpee", "did you mean bpe"),
         ("vocabulary", 256, "257"),
-        ("length", 0, "at least 1"),
+        ("length", 0, "from 1 to 2^30"),
     ],
 )
 def test_bad_values_are_one_line_with_the_fields_path(key, value, expected):

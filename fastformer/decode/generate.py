@@ -72,7 +72,10 @@ def complete(
         )
     if options.beams > 1 and model.config.scan:
         raise UserError("config.generate.beams: a model with scanned layers (config.model.scan) takes 1 only")
-    tokens_BT = np.full((len(rows), -(-longest // PREFILL) * PREFILL), end, np.int32)
+    padded = -(-longest // PREFILL) * PREFILL
+    if longest <= length:  # what the model learned a place for, padding has one too
+        padded = min(padded, length)
+    tokens_BT = np.full((len(rows), padded), end, np.int32)
     for row, ids in enumerate(rows):
         tokens_BT[row, : len(ids)] = ids
     lengths_B = np.asarray([len(ids) for ids in rows], np.int32)
