@@ -179,8 +179,10 @@ def test_a_trace_of_some_steps(folder, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_signals_end_at_once_only_what_has_nothing_to_save(number):
-    before = signal.getsignal(number)
+def test_signals_end_at_once_only_what_has_nothing_to_save(number, request):
+    given, before = signal.getsignal(number), signal.default_int_handler
+    request.addfinalizer(lambda: signal.signal(number, given))
+    signal.signal(number, before)  # under nohup these tests are given a SIGHUP that is ignored
     with Stop() as stop:
         stop.at_once = False
         signal.raise_signal(number)
