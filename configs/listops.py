@@ -1,7 +1,7 @@
 """ListOps by Long Range Arena's rules, trees of 500 to 2000 tokens, closing brackets kept.
 
 Command: python launch.py --config=configs/listops.py (hours on two CPU cores, not run); a short form is
-  python launch.py --config=configs/listops.py:short (trees of 10 to 100 tokens; half an hour: accuracy 0.565)
+  python launch.py --config=configs/listops.py:short (trees of 10 to 100 tokens; 35 minutes: accuracy 0.565)
 Expect: the full form above 36 % (Tay et al. 2020, 2011.04006, table 1, for softmax without brackets)
   against 17 % for the commonest digit; keeping the brackets makes ours the easier task, so that the two
   do not compare.

@@ -1,6 +1,6 @@
 """Questions about Python's functions, answered from their docstrings; derived, not asked by anybody.
 
-Command: python launch.py --config=configs/qa.py (about 45 minutes on two CPU cores)
+Command: python launch.py --config=configs/qa.py (77 minutes on two CPU cores beside other work)
 Expect: exact match and F1 well above the most similar sentence, whose figures stand in the report. It came
   out below: 13.9 and 26.7, the most similar sentence 37.3 and 49.1.
 """

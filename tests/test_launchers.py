@@ -179,3 +179,16 @@ leave(2)
 """
     assert subprocess.run([sys.executable, "-c", code], timeout=50).returncode == 2
     assert distributed.HEARTBEAT < 60
+
+
+def test_a_closed_terminal_leaves_a_job(monkeypatch, tmp_path):
+    before, seen = signal.getsignal(signal.SIGHUP), {}
+
+    def submit_all(runs, options, asked):
+        seen.update((number, signal.getsignal(number)) for number in (signal.SIGHUP, signal.SIGTERM))
+        yield 0, 0
+
+    monkeypatch.setattr(slurm, "submit_all", submit_all)
+    assert slurm.submit(["true"], ALONE, tmp_path) == 0
+    assert seen[signal.SIGHUP] is before
+    assert seen[signal.SIGTERM] is not signal.getsignal(signal.SIGTERM)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 
+import conftest  # noqa: F401  (its flags, in a process that is started here)
 import jax
 import jax.numpy as jnp
 import kill_and_resume
@@ -164,14 +165,20 @@ def test_a_run_shows_what_it_waits_for(folder, straight, tmp_path, monkeypatch, 
     assert "FLOP/s (products of 512 x 512 matrices in float32, at the start)" in report
 
 
-def test_a_trace_of_some_steps(folder, tmp_path):
+def train_traced(config, workdir):
+    """Train on one device, in a process of its own."""
+    loop.train(config, workdir, DEVICES)
+
+
+def test_a_trace_of_some_steps(folder, straight, tmp_path):
     config = configured(folder, log__trace_from=3, log__trace_steps=2)
     # In a process of its own: the profiler asks every backend, and libtpu, which compiles for TPUs that are
     # not there in other tests of a process, ends it then.
-    training = multiprocessing.get_context("spawn").Process(target=loop.train, args=(config, tmp_path))
+    training = multiprocessing.get_context("spawn").Process(target=train_traced, args=(config, tmp_path))
     training.start()
     training.join()
     assert training.exitcode == 0
+    assert kill_and_resume.losses(tmp_path) == kill_and_resume.losses(straight)
     (trace,) = (tmp_path / "tensorboard").glob("plugins/profile/*/*.xplane.pb")
     planes = jax.profiler.ProfileData.from_file(str(trace)).planes
     events = [event for plane in planes for line in plane.lines for event in line.events]

@@ -20,6 +20,7 @@ from typing import Any
 from fastformer.core.config import literal
 from fastformer.core.distributed import DistributedConfig
 from fastformer.core.errors import UserError, require
+from fastformer.core.signals import ENDING
 from fastformer.core.supervisor import DONE, FAILED, USER_MISTAKE, newest, passing_on, tell
 
 FOLDER = "slurm"  # in a run's workdir: what submitit writes, and each process's output
@@ -33,13 +34,13 @@ def submit(command: Sequence[str], options: DistributedConfig, workdir: Path) ->
 
     A job that fails is submitted again, and goes on from its last checkpoint, ``options.restarts``
     times without a new checkpoint between. One that comes near its time limit saves and is queued
-    again by submitit, whether or not this process still waits. SIGTERM and SIGINT cancel the job,
-    whose processes save first.
+    again by submitit, whether or not this process still waits: a closed terminal leaves the job alone.
+    SIGTERM and SIGINT cancel it, and its processes save first.
 
     Raises:
       UserError: submitit is not installed, or does not take a setting.
     """
-    with passing_on(lambda number: None) as asked:
+    with passing_on(lambda number: None, ENDING) as asked:
         return next(submit_all([(command, workdir)], options, asked))[1]
 
 
@@ -145,7 +146,7 @@ class Task:
 
         where = submitit.JobEnvironment()
         self._process = subprocess.Popen([*self.command, *_place(where)])
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in ENDING:
             signal.signal(number, lambda number, frame: self._process.send_signal(number))
         self._wait()
         code = self._process.wait()

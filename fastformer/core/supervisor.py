@@ -46,7 +46,7 @@ def supervise(command: Sequence[str], options: DistributedConfig, workdir: Path)
         raise UserError(f"--workdir: {workdir} cannot be written: {error.strerror}") from error
     ranks = Ranks(command, options.processes, workdir / LOGS)
     left, reached = options.restarts, newest(workdir)
-    with passing_on(ranks.signal) as asked:
+    with passing_on(ranks.signal, asking()) as asked:
         while True:
             code, what = ranks.run(asked)
             if what and asked:
@@ -149,15 +149,15 @@ class Ranks:
 
 
 @contextlib.contextmanager
-def passing_on(send: Callable[[int], None]) -> Iterator[list[int]]:
-    """Within it, SIGINT, SIGTERM and SIGHUP go to ``send``; yield the list of those that came."""
+def passing_on(send: Callable[[int], None], numbers: Sequence[int]) -> Iterator[list[int]]:
+    """Within it, these signals go to ``send``; yield the list of those that came."""
     asked: list[int] = []
 
     def forward(number: int, frame: object) -> None:
         asked.append(number)
         send(number)
 
-    handlers = {number: signal.signal(number, forward) for number in asking()}
+    handlers = {number: signal.signal(number, forward) for number in numbers}
     try:
         yield asked
     finally:

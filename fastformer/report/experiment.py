@@ -16,6 +16,7 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from fastformer.core import config as configuration
+from fastformer.core.signals import ENDING, asking
 from fastformer.core.supervisor import passing_on
 from fastformer.report import summary
 from fastformer.report.claims import FAILS
@@ -55,7 +56,7 @@ def run_experiment(folder: str, smoke: bool, launch: Path, start: Start | None =
     rows = read_rows(where / RESULTS)
     missing = _missing(experiment, rows)
     codes, child, planned = [], _Child(), [_plan(experiment, *key, runs, launch) for key in missing]
-    with passing_on(child.signal) as child.asked:
+    with passing_on(child.signal, ENDING if start else asking()) as child.asked:
         for index, code, last_line in _ends(planned, start, child, experiment.name):
             arm, seed, config, (_, workdir) = planned[index]
             result = read_result(workdir)
