@@ -12,9 +12,11 @@ from fastformer.core.errors import UserError
 from fastformer.train import loop, modes
 
 STACK = ("distil", "prune", "quantise")
+PROMPT = "the model"  # at the end of training and afterwards, so that it is compiled once
 SHORT = {
     "train__steps": 2, "optimiser__warmup_steps": 1, "evaluate__every": 0, "evaluate__rows": 2,
     "prune__pattern": "2:4", "quantise__rules": ("embedding=int8",), "generate__tokens": 4,
+    "generate__prompt": PROMPT,
 }  # fmt: skip
 
 
@@ -54,8 +56,8 @@ def test_a_variant_is_taught_pruned_and_rounded(name, teachers, tmp_path, capsys
     for metric, value in result["quality"].items():
         assert again[metric] == pytest.approx(value, rel=1e-3), "what is stored is what was measured"
     if decodes:
-        modes.generate(config, workdir, {"prompt": ["the model"]})
-        assert capsys.readouterr().out.startswith("the model")
+        modes.generate(config, workdir, {"prompt": [PROMPT]})
+        assert capsys.readouterr().out.startswith(PROMPT)
 
 
 @pytest.mark.parametrize(

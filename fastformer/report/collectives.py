@@ -23,6 +23,7 @@ _MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(?\[?[\d,\]
 _COMPARE = re.compile(r"ROOT .* compare\(%?([\w.\-]+), %?([\w.\-]+)\), direction=LT")
 _CONSTANT = re.compile(r"%?([\w.\-]+) = [su]32\[\]\S* constant\((\d+)\)")
 _LOOP = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 _PAIRS = re.compile(r"source_target_pairs=\{(\{.*?\})\}")
 
 
@@ -51,23 +52,27 @@ def traffic(program: str, per_slice: int = 0) -> dict[str, Traffic]:
       ValueError: a collective stands in a loop whose number of turns the program does not tell.
     """
     lines, entry = _computations(program)
-    found: dict[str, Traffic] = {}
+    parts: dict[tuple[str, str], tuple[int, float, float]] = {}
     for name, turns in _turns(lines, entry).items():
-        for line in lines[name]:
+        for number, line in enumerate(lines[name]):
             hit = _COLLECTIVE.search(line)
             if not hit:
                 continue
             if turns < 0:
                 raise ValueError(f"{hit[2]} stands in a loop whose number of turns is not known")
-            groups = _groups(line)
+            groups, channel = _groups(line), _CHANNEL.search(line)
             sent = turns * _sent(hit[2], hit[1], bool(hit[3]), groups.shape[1] if groups.size else 1)
             far = (
                 per_slice and groups.size and bool(np.any(groups // per_slice != groups[:, :1] // per_slice))
             )
-            before = found.get(hit[2], Traffic())
-            found[hit[2]] = Traffic(
-                before.calls + turns, before.bytes + sent, before.far_bytes + (sent if far else 0.0)
-            )
+            # TPUs spread one collective over fusions that compute meanwhile, some of them in loops that are
+            # within what it is sent for: each names it again. It is sent as often as the outermost runs.
+            key = (hit[2], channel[1] if channel else f"{name} {number}")
+            part = (turns, sent, sent if far else 0.0)
+            parts[key] = min(parts.get(key, part), part)
+    found: dict[str, Traffic] = {}
+    for (kind, _), part in parts.items():
+        found[kind] = Traffic(*map(sum, zip(found.get(kind, Traffic()), part)))
     return found
 
 

@@ -44,6 +44,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "fp8": {"model.dtype": "fp8"},
     "adafactor": {"optimiser.name": "adafactor", "optimiser.b1": 0.0},
     "lion": {"optimiser.name": "lion", "optimiser.learning_rate": 3e-4},
+    "adamw": {"optimiser.name": "adamw", "optimiser.learning_rate": 3e-3},
     "muon": {"optimiser.name": "muon"},
 }
 
