@@ -11,7 +11,7 @@ import pytest
 
 from fastformer.attention import VARIANTS, Context, decay, delta, make, rwkv
 from fastformer.attention.mixer import Mixer
-from fastformer.attention.recurrence import Tokens, loop, recur
+from fastformer.attention.recurrence import Tokens, loop, recur, unit_inverse
 from fastformer.core.seq import Seq, whole
 
 BATCH, TIME, GROUPS, SHARE, KEY, VALUE = 2, 90, 2, 2, 6, 5
@@ -40,6 +40,22 @@ def tokens(decays, rule):
     if rule == "overwrites":
         return Tokens(q, k * strength, v, log, k if log is None else k * jnp.exp(log))
     return Tokens(q, normal(keys[5]), v, log, k, -k * strength / 2)
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 64])
+@pytest.mark.parametrize("entries", ["drawn", "one key written again and again"])
+def test_the_inverse_of_a_unit_triangle(entries, size):
+    """Value and gradient, as float64 has them; powers of a triangle of ones would lose all digits."""
+    drawn, weight = np.random.default_rng(0).standard_normal((2, 3, 2, size, size))
+    lower = np.tril(0.2 * drawn if entries == "drawn" else np.ones_like(drawn), -1)
+    want = np.linalg.inv(np.eye(size) + lower)
+    turned = np.swapaxes(want, -1, -2)
+    pull = jax.jit(jax.value_and_grad(lambda x: jnp.sum(unit_inverse(x) * weight)))
+    value, gradient = pull(lower.astype(np.float32))
+    np.testing.assert_allclose(unit_inverse(lower.astype(np.float32)), want, atol=1e-6 * np.abs(want).max())
+    np.testing.assert_allclose(value, np.sum(want * weight), rtol=1e-5, atol=1e-5)
+    slope = -np.tril(turned @ weight @ turned, -1)
+    np.testing.assert_allclose(gradient, slope, atol=1e-5 * max(1.0, np.abs(slope).max()))
 
 
 @pytest.mark.parametrize("rule", ["adds", "overwrites", "removes and adds"])
