@@ -16,7 +16,7 @@ SHARD, TOKENS = 8192, 2**21  # of a row that one chip holds, of a step
 
 def get_config(arm: str = "8k") -> ConfigDict:
     c = base.get_config()
-    c.name = f"pod-{arm}"
+    c.name = "pod" if arm == "8k" else f"pod-{arm}"
     c.data.tokeniser = "bpe"
     c.data.vocabulary = 32768
     c.data.length = 1024 * int(arm.removesuffix("k"))
