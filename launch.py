@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import io
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from fastformer.core import config as configuration
-from fastformer.core import distributed, launchers
+from fastformer.core import distributed, launchers, signals
 from fastformer.core.errors import UserError, explain
 from fastformer.core.flags import ASKED, FROM_CONFIG, lines_of, parse
-from fastformer.core.signals import asking
 
 ROOT = Path(__file__).resolve().parent
 
@@ -25,6 +23,7 @@ def run(argv: Sequence[str]) -> int:
     if flags.experiment:
         from fastformer.report.experiment import run_experiment
 
+        signals.end_program()
         start = launchers.side_by_side(flags.launcher, overrides) if flags.launcher else None
         return run_experiment(flags.experiment, flags.smoke, launch, start)
     mode, config = flags.mode or "train", None
@@ -43,6 +42,7 @@ def run(argv: Sequence[str]) -> int:
     # What follows imports JAX, which takes seconds: a mistake in a flag or key is answered before.
     from fastformer.train import modes
 
+    signals.end_program()
     if config is not None:
         distributed.join(config)
     if mode in ("evaluate", "generate"):
@@ -55,15 +55,14 @@ def run(argv: Sequence[str]) -> int:
 
 def main() -> int:
     """Run, with the user's mistakes as one line on stderr and exit code 2."""
-    for number in asking():
-        signal.signal(number, signal.default_int_handler)
+    signals.end_process()
     if isinstance(sys.stdout, io.TextIOWrapper):  # a prompt may hold what the terminal cannot show
         sys.stdout.reconfigure(errors="replace")
     try:
         return run(sys.argv[1:])
-    except KeyboardInterrupt:
-        print("stopped; the same command starts again", file=sys.stderr)
-        return 0
+    except signals.Ended as ended:
+        print(ended, file=sys.stderr)
+        return signals.leave(0)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes there at exit
         print("launch.py: nobody reads what it prints any more; the same command goes on", file=sys.stderr)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from qwix import QArray
 from safetensors.numpy import load as read_plain
+from safetensors.numpy import save
 
 from fastformer.compress import store
 from fastformer.core.errors import UserError
@@ -69,3 +70,25 @@ def test_a_damaged_file_is_told_in_one_line(tmp_path, damage):
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="cannot be read"):
         store.load(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("text", ["[1]", '"a"', "5", "{", '{"a/weight": [1]}', '{"b": {"dtype": "finfo"}}'])
+def test_a_damaged_description_is_told_in_one_line(tmp_path, text):
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(save({"a/weight": FLOAT, "b": FLOAT}, {store.KEY: text}))
+    with pytest.raises(UserError, match="cannot be read"):
+        store.load(path)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"a": FLOAT, "a/b": FLOAT}, "has a/b below another array"),
+        ({"a": FLOAT.astype(np.int32)}, "a is of int32, which is no floating point"),
+        ({"a": FLOAT * np.nan}, "a has entries that are not finite"),
+        ({"a/qvalue": FLOAT, "a/scale": FLOAT}, "a is of float32, which is no number of a byte or less"),
+    ],
+)
+def test_arrays_that_are_no_weights_are_told(arrays, message):
+    with pytest.raises(UserError, match=message):
+        store.check_fits(store.tree(arrays), {"a": FLOAT}, "file")

@@ -96,7 +96,7 @@ def test_train_again_evaluate_generate(tmp_path, capsys, monkeypatch):
         ((BASE, "--config.train.spike=1e999"), "config.train.spike: inf is not allowed; it must be a finite"),
         ((BASE, f"--config.log.every={2**63}"), "config.log.every: 9223372036854775808 is not allowed"),
         ((BASE, "--config.train.precision=(1,)"), "config.train.precision[0]: 1 is not (policy, share)"),
-        ((BASE, "--config.compress.methods=[[]]"), "config.compress.methods: [] is unknown"),
+        ((BASE, "--config.compress.methods=[[]]"), "config.compress.methods: ([],) is not of type"),
         ((BASE, "--config.compress.quantise.rules=(1,)"), "rules: (1,) is not of type tuple[str, ...]"),
         ((BASE, "--config.task.continued=x"), "config.task.continued: 'x' is not of type int"),
         ((BASE, f"--config.data.length={2**31}"), "config.data.length: 2147483648 is not allowed"),
@@ -139,6 +139,13 @@ def test_train_again_evaluate_generate(tmp_path, capsys, monkeypatch):
         (("--experiment=experiments/mixer",), "experiments/mixers"),
         (("--mode=generate", "--workdir=/nowhere/at/all"), "/nowhere/at/all holds no run"),
         (("--mode=evaluate",), "needs --config=FILE"),
+        ((BASE, f"--config.optimiser.learning_rate=1{'0' * 310}"), "config.optimiser.learning_rate: inf"),
+        ((BASE, f"--config.train.steps={'-' * 50_000}"), "is not of type int"),
+        ((BASE, "--config.sharding.B=data,data"), "config.sharding.B: ('data', 'data') is not allowed"),
+        (
+            (BASE, "--config.distributed.coordinator=a:65536"),
+            "config.distributed.coordinator: 'a:65536' is not allowed; it must be host:port",
+        ),
         ((), "needs --config=FILE"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
@@ -161,13 +168,32 @@ def test_a_mistake_gets_one_line_and_exit_code_2(argv, message, tmp_path, capsys
         ("del c.train", "config.train: is missing; begin with base.get_config()"),
         ("c.name = 5", "get_config() of {path} fails: TypeError:"),
         ("c.model = 5", "get_config() of {path} fails: "),
+        ("c.task = ConfigDict()", "config.task.name: None is unknown"),
+        ("c.compress = ConfigDict()", "config.compress.methods: is missing"),
+        ("c.sharding.B = 5", "get_config() of {path} fails: TypeError:"),
     ],
 )
 def test_a_mistake_in_a_file_of_the_user_gets_one_line(text, message, tmp_path, capsys, monkeypatch):
     path = tmp_path / "mine.py"
     body = f"    c = base.get_config()\n    {text}\n    return c\n"
-    path.write_text(f"from configs import base\n\ndef get_config():\n{body}")
+    head = "from configs import base\nfrom ml_collections import ConfigDict"
+    path.write_text(f"{head}\n\ndef get_config():\n{body}")
     code, _, err = run(capsys, monkeypatch, f"--config={path}", f"--workdir={tmp_path / 'run'}")
+    assert code == 2 and message.format(path=path) in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("get_config = dict", "get_config of {path} has no arguments that can be read: ValueError:"),
+        ("ARMS = 5\ndef get_config(arm): pass", "ARMS of {path}, 5, is no tuple of names"),
+        ("ARMS = {1: 'a'}\ndef get_config(arm): pass", "ARMS of {path}, {{1: 'a'}}, is no tuple of names"),
+    ],
+)
+def test_a_file_without_what_it_must_have_gets_one_line(text, message, tmp_path, capsys, monkeypatch):
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    code, _, err = run(capsys, monkeypatch, f"--config={path}:x")
     assert code == 2 and message.format(path=path) in err and err.count("\n") == 1
 
 
@@ -176,11 +202,15 @@ def test_a_mistake_in_a_file_of_the_user_gets_one_line(text, message, tmp_path, 
     [
         ("--config.train.batch=8192", "fewer than one batch of 8192 rows"),
         ("--config.train.init=nowhere", "config.train.init: nowhere: nowhere holds no config.json"),
+        (
+            "--config.model.positions=learned --config.generate.tokens=14 --config.generate.prompt=abc",
+            "config.generate.tokens: 14 more after a prompt of",
+        ),
     ],
 )
 def test_what_is_missing_is_told_before_compiling(flag, message, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("fastformer.train.loop.compile_all", lambda *_: pytest.fail("compiled"))
-    code, _, err = run(capsys, monkeypatch, *small(tmp_path), flag)
+    code, _, err = run(capsys, monkeypatch, *small(tmp_path), *flag.split())
     assert code == 2 and message in err and err.count("\n") == 1
 
 
@@ -204,7 +234,7 @@ def test_a_lack_of_memory_is_told_and_another_failure_is_not_hidden(capsys, monk
 
         return run
 
-    monkeypatch.setattr(launch.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(launch.signals, "end_process", lambda: None)
     for error in (MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nallocating 9 bytes")):
         monkeypatch.setattr(launch, "run", failing(error))
         assert launch.main() == 2
@@ -267,6 +297,55 @@ def test_every_config_builds_and_names_itself(path):
     config = configuration.load(str(path))
     assert config.name == path.stem
     assert models.build(config, 257, config.data.length, tasks.build(config).head)
+
+
+SIGNALLED = {
+    "in a callback of the garbage collector": """
+def train(*_):
+    gc.callbacks.append(ask)
+    gc.collect()
+    time.sleep(60)
+""",
+    "beside a thread": """
+def train(*_):
+    threading.Thread(target=time.sleep, args=[60]).start()
+    ask()
+""",
+    "in an import": """
+class Importing:
+    def find_spec(self, name, *_):
+        if name == "jax":
+            try:
+                ask()
+            except BaseException:  # as modules of C++ end where their imports fail
+                os.abort()
+
+sys.meta_path.insert(0, Importing())
+""",
+}
+
+
+@pytest.mark.parametrize("where", SIGNALLED)
+def test_a_signal_ends_the_program_wherever_it_comes(where, tmp_path):
+    """Where an exception alone is swallowed, waits for what goes on, or ends in a fault."""
+    start = """
+import gc, os, signal, sys, threading, time
+import launch
+sys.argv = ["launch.py", "--config=configs/base.py", "--workdir=none"]
+
+def ask(*_):
+    gc.callbacks.clear()
+    signal.raise_signal(signal.SIGTERM)
+"""
+    end = """
+if "train" in globals():
+    from fastformer.train import modes
+    modes.MODES["train"] = train
+sys.exit(launch.main())
+"""
+    command = [sys.executable, "-c", start + SIGNALLED[where] + end]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stderr.splitlines()[-1:]) == (0, ["stopped; the same command starts again"])
 
 
 def test_a_file_of_lines_is_read_in_order(tmp_path):

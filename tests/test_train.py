@@ -27,7 +27,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from fastformer.core import config as configuration
 from fastformer.core.errors import UserError, explain
 from fastformer.core.mesh import use
-from fastformer.core.signals import asking
+from fastformer.core.signals import Ended, asking
 from fastformer.core.trees import count, paths
 from fastformer.train import loop, session, setup
 from fastformer.train.evaluate import evaluate
@@ -36,7 +36,7 @@ from fastformer.train.logging import MetricsLog
 from fastformer.train.optimiser import make_optimiser
 from fastformer.train.state import abstract_params
 from fastformer.train.step import CompiledStep
-from fastformer.train.stop import Stop, Stopped
+from fastformer.train.stop import Stop
 
 DEVICES = jax.devices()[:1]
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -196,7 +196,7 @@ def test_signals_end_at_once_only_what_has_nothing_to_save(number, request):
         signal.raise_signal(number)
         assert stop.asked and stop.agreed()
         stop.at_once = True
-        with pytest.raises(Stopped):
+        with pytest.raises(Ended):
             signal.raise_signal(number)
     assert signal.getsignal(number) is before
 

@@ -14,6 +14,7 @@ from fastformer.compress.method import Calibration, Loss, Method, Place, at
 from fastformer.compress.table import METHODS
 from fastformer.core.config import section
 from fastformer.core.errors import FieldError, UserError, lookup, nearest, require
+from fastformer.core.values import check_kind
 
 __all__ = ["Compression", "Loss", "Method", "at", "build"]
 
@@ -124,6 +125,11 @@ def build(config: ConfigDict) -> Compression:
             raise UserError(
                 f"config.compress.{key}: no such key{nearest(key, known)} (keys: {', '.join(known)})"
             )
+    for key in known:
+        if key not in config.compress:
+            raise UserError(f"config.compress.{key}: is missing; configs/base.py shows its default")
+    check_kind(config.compress.batches, "int", "config.compress.batches")
+    check_kind(config.compress.methods, "tuple[str, ...]", "config.compress.methods")
     good = 1 <= config.compress.batches <= 2**20
     require(good, "config.compress.batches", config.compress.batches, f"from 1 to {2**20:,}")
     owned = {name: section(cls, config, f"compress.{name}") for name, cls in METHODS.items()}

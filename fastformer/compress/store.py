@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from qwix import QArray
@@ -52,7 +53,7 @@ def load(path: Any) -> dict[str, np.ndarray]:
     """
     try:
         with safe_open(path, framework="numpy") as file:
-            described = json.loads((file.metadata() or {}).get(KEY, "{}"))
+            described = dict(json.loads((file.metadata() or {}).get(KEY, "{}")))
             found = {name: file.get_tensor(name) for name in file.keys()}
         arrays = {}
         for name, array in found.items():
@@ -60,7 +61,7 @@ def load(path: Any) -> dict[str, np.ndarray]:
                 how = described.get(name)
                 arrays[name] = _restored(array, found.get(name + BITMAP), how) if how else array
         return arrays
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"--workdir: {path} cannot be read ({reason}); restore it from a copy") from error
 
@@ -93,13 +94,19 @@ def _unpack(array: np.ndarray, dtype: np.dtype, size: int) -> np.ndarray:
 
 
 def tree(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Return the parameters whose leaves' paths name ``arrays``, QArrays put together."""
+    """Return the parameters whose leaves' paths name ``arrays``, QArrays put together.
+
+    Raises:
+      UserError: one stands below another.
+    """
     root: dict[str, Any] = {}
-    for path, array in arrays.items():
+    for path, array in sorted(arrays.items()):
         *parents, leaf = path.split("/")
         node = root
         for name in parents:
             node = node.setdefault(name, {})
+            if not isinstance(node, dict):
+                raise UserError(f"--workdir: its {WEIGHTS} has {path} below another array; restore it")
         node[leaf] = array
     return _joined(root)
 
@@ -107,25 +114,34 @@ def tree(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
 def _joined(node: Any) -> Any:
     if not isinstance(node, dict):
         return node
-    if set(node) == {"qvalue", "scale"}:
+    if set(node) == {"qvalue", "scale"} and not any(isinstance(x, dict) for x in node.values()):
         return QArray(node["qvalue"], node["scale"])
     return {name: _joined(value) for name, value in node.items()}
 
 
 def check_fits(params: Any, abstract: Any, name: str) -> None:
-    """Check that stored weights are those of a model, by their paths and shapes.
+    """Check that stored weights are those of a model, by their paths, shapes and kinds of numbers.
 
     Raises:
-      UserError: they are not; the line lists the first differences.
+      UserError: they are not, or not finite; the line lists the first differences.
     """
+    leaves = _leaves(params)
     found, wanted = (
-        {path: tuple(leaf.shape) for path, leaf in _leaves(t).items()} for t in (params, abstract)
+        {path: tuple(leaf.shape) for path, leaf in some.items()} for some in (leaves, _leaves(abstract))
     )
     lines = [
         f"{path} is {found.get(path, 'not there')} and in the model {wanted.get(path, 'not there')}"
         for path in sorted(found.keys() | wanted.keys())
         if found.get(path) != wanted.get(path)
     ]
+    for path, leaf in leaves.items():
+        floats = leaf.scale if isinstance(leaf, QArray) else leaf
+        if isinstance(leaf, QArray) and leaf.qvalue.dtype.itemsize > 1:
+            lines.append(f"{path} is of {leaf.qvalue.dtype}, which is no number of a byte or less")
+        if not jnp.issubdtype(floats.dtype, jnp.floating):
+            lines.append(f"{path} is of {floats.dtype}, which is no floating point")
+        elif not np.isfinite(floats.astype(np.float32)).all():
+            lines.append(f"{path} has entries that are not finite")
     if lines:
         more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
         raise UserError(f"--workdir: {name} does not fit the model: {'; '.join(lines[:3])}{more}")

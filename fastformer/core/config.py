@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import inspect
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -78,9 +79,13 @@ def load(path_and_arg: str, overrides: Iterable[tuple[str, str]] = ()) -> Config
     if not callable(getattr(module, "get_config", None)):
         raise UserError(f"--config: {path} has no get_config()")
     arms = getattr(module, "ARMS", None)
+    many = isinstance(arms, (tuple, list, dict))
+    if arms is not None and not (many and all(isinstance(name, str) for name in arms)):
+        raise UserError(f"--config: ARMS of {path}, {arms!r:.60}, is no tuple of names, as ('small', 'full')")
     if arg and arms is not None and arg not in arms:
         raise UserError(f"--config: {path} has no arm {arg!r}{nearest(arg, arms)} (arms: {', '.join(arms)})")
-    parameters = inspect.signature(module.get_config).parameters.values()
+    with _told(f"--config: get_config of {path} has no arguments that can be read"):
+        parameters = inspect.signature(module.get_config).parameters.values()
     needs_arg = any(p.default is p.empty for p in parameters)
     if len(parameters) > 1:
         raise UserError(f"--config: get_config of {path} must take one argument, the arm, or none")
@@ -160,7 +165,7 @@ def literal(text: Any) -> Any:
         return {"true": True, "false": False, "none": None}[text.lower()]
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, MemoryError, RecursionError):  # the last two of thousands of brackets
         return text
 
 
@@ -182,7 +187,10 @@ def _typed(text: Any, old: Any, path: str) -> Any:
         good = isinstance(value, bool)
     elif isinstance(old, float):
         good = isinstance(value, (int, float)) and not isinstance(value, bool)
-        value = float(value) if good else value
+        try:
+            value = float(value) if good else value
+        except OverflowError:
+            value = math.inf  # which no field can be
     else:
         good = isinstance(value, int) and not isinstance(value, bool)
     if not good:
@@ -234,15 +242,22 @@ def from_json(text: str) -> ConfigDict:
     Raises:
       ValueError: it is none.
     """
-    found = json.loads(text)
+    try:
+        found = json.loads(text, parse_constant=_no_number)
+    except RecursionError as error:
+        raise ValueError("it has too many brackets") from error
     if not isinstance(found, dict):
         raise ValueError("it is no JSON object")
-    config = ConfigDict(found).lock()
     try:
+        config = ConfigDict(found).lock()
         check_sections(config)
-    except UserError as error:
+    except (UserError, TypeError, AttributeError) as error:
         raise ValueError(str(error).partition(";")[0]) from error
     return config
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"it has {name}, which is no number")
 
 
 def sha256(config: ConfigDict) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
+import re
 import sys
 from dataclasses import dataclass
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from fastformer.core import signals
 from fastformer.core.config import section
 from fastformer.core.errors import UserError, require
 
@@ -31,7 +32,8 @@ class DistributedConfig:
         require(self.restarts >= 0, "restarts", self.restarts, "0 or more")
         good = 0 <= self.index < self.processes
         require(good, "index", self.index, f"from 0 to {self.processes - 1}, another in each process")
-        named = self.coordinator in ("", "auto") or self.coordinator.rpartition(":")[2].isdigit()
+        host, _, port = self.coordinator.rpartition(":")
+        named = self.coordinator in ("", "auto") or bool(re.fullmatch(r"\d{1,5}", port)) and int(port) < 2**16
         require(named, "coordinator", self.coordinator, "host:port, auto, or empty")
         for setting in self.slurm:
             require(setting.partition("=")[2] != "", "slurm", setting, "KEY=VALUE, as timeout_min=600")
@@ -76,9 +78,7 @@ def leave(code: int) -> None:
         import jax
 
         if jax.distributed.is_initialized():
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
+            signals.leave(code)
     sys.exit(code)
 
 

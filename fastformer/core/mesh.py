@@ -17,6 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 
 from fastformer.core.alphabet import LETTERS
 from fastformer.core.errors import FieldError, UserError, lookup, require
+from fastformer.core.values import check_kind
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,9 @@ def rules(sharding: Mapping[str, tuple[str, ...]]) -> tuple[tuple[str, tuple[str
     known = dict.fromkeys(field.name for field in dataclasses.fields(MeshConfig))
     for letter, axes in sharding.items():
         lookup(LETTERS, letter, "config.sharding")
+        check_kind(axes, "tuple[str, ...]", f"config.sharding.{letter}")
+        allowed = f"axes of the mesh, each once ({', '.join(known)})"
+        require(len({*axes}) == len(axes), f"config.sharding.{letter}", axes, allowed)
         for axis in axes:
             lookup(known, axis, f"config.sharding.{letter}")
     return tuple((letter, tuple(sharding[letter])) for letter in LETTERS if letter in sharding)

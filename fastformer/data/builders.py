@@ -14,6 +14,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 from absl import logging
 
+from fastformer.core.errors import UserError
 from fastformer.data import stdlib
 from fastformer.data.splits import SPLITS, split_of
 
@@ -88,10 +89,23 @@ def prepare(name: str, directory: Path) -> Path:
     return place
 
 
+@contextlib.contextmanager
+def _read(place: Path) -> Iterator[tfds.core.DatasetBuilder]:
+    """Yield the builder of a prepared data set; whatever TFDS raises within is told as one line."""
+    try:
+        with quiet():
+            yield tfds.builder_from_directory(place)
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(
+            f"config.data.source: {place} is not as TFDS writes it ({reason}); prepare it anew"
+        ) from error
+
+
 def examples(place: Path, split: str) -> Iterator[dict[str, Any]]:
     """Yield every example of a prepared data set's split (TFDS syntax, ``train[:95%]`` too)."""
-    with quiet():
-        source = tfds.builder_from_directory(place).as_data_source(split=split)
+    with _read(place) as builder:
+        source = builder.as_data_source(split=split)
     for index in range(len(source)):
         yield source[index]
 
@@ -103,6 +117,6 @@ def texts(place: Path, split: str, field: str = "text") -> Iterator[str]:
 
 def features(place: Path, kind: str) -> list[str]:
     """Return the names of the features of a prepared data set that are a ``kind``, as in tfds.features."""
-    with quiet():
-        found = tfds.builder_from_directory(place).info.features
+    with _read(place) as builder:
+        found = dict(builder.info.features)
     return [name for name, feature in found.items() if type(feature) is getattr(tfds.features, kind)]

@@ -39,11 +39,10 @@ def find(name: str, root: Path) -> Prepared:
       UserError: it is not prepared, not as array_record, or has no split ``train``.
     """
     place = _find(name, root)
-    info = json.loads((place / "dataset_info.json").read_text())
+    info, sizes = _described(place / "dataset_info.json")
     if info.get("fileFormat") != "array_record":
         stored = info.get("fileFormat") or "tfrecord"
         raise UserError(f"{FIELD}: {place} is stored as {stored}; {_how(name, root)}")
-    sizes = {split["name"]: sum(map(int, split.get("shardLengths", []))) for split in info.get("splits", [])}
     if not sizes.get("train"):
         raise UserError(f"{FIELD}: {place} has no split train (splits: {', '.join(sizes) or 'none'})")
     splits, held = _splits(sizes)
@@ -74,6 +73,17 @@ def open_prepared(name: str, root: Path) -> Corpus:
         return (text for text in texts(split) if text and digest(text) not in known)
 
     return Corpus(found.title, f"{field} {found.fingerprint}", documents)
+
+
+def _described(file: Path) -> tuple[dict, dict[str, int]]:
+    """Return what TFDS wrote about a data set, and the number of examples of its splits."""
+    try:
+        info = json.loads(file.read_text())
+        splits = info.get("splits", [])
+        return info, {split["name"]: sum(map(int, split.get("shardLengths", []))) for split in splits}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {error}"[:100]
+        raise UserError(f"{FIELD}: {file} is not as TFDS writes it ({reason}); prepare it anew") from error
 
 
 def _splits(sizes: dict[str, int]) -> tuple[dict[str, str], str]:

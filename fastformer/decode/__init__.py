@@ -1,6 +1,6 @@
 """Floor 5: generation from the states of a model."""
 
-from fastformer.decode.generate import complete, decode_tokens_per_second, generate
+from fastformer.decode.generate import check_rows, complete, decode_tokens_per_second, generate
 from fastformer.decode.sample import sample
 from fastformer.decode.steps import GenerateConfig
 from fastformer.decode.stored import stored
@@ -9,6 +9,7 @@ from fastformer.decode.token_by_token import TokenByToken
 __all__ = [
     "GenerateConfig",
     "TokenByToken",
+    "check_rows",
     "complete",
     "decode_tokens_per_second",
     "generate",

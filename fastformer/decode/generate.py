@@ -64,14 +64,7 @@ def complete(
     """
     if len(rows) > ROWS:
         return _in_batches(lambda some: complete(model, params, some, end, options, length), rows)
-    longest = max(map(len, rows))
-    if model.config.positions == "learned" and longest + options.tokens > length:
-        raise UserError(
-            f"--prompt: {longest} tokens and config.generate.tokens {options.tokens} more are beyond the "
-            f"{length} learned positions of this model; give less"
-        )
-    if options.beams > 1 and model.config.scan:
-        raise UserError("config.generate.beams: a model with scanned layers (config.model.scan) takes 1 only")
+    longest = check_rows(model, rows, options, length)
     padded = -(-longest // PREFILL) * PREFILL
     if longest <= length:  # what the model learned a place for, padding has one too
         padded = min(padded, length)
@@ -83,6 +76,26 @@ def complete(
     search = _generate if options.beams == 1 else beam_search
     new_BT = np.asarray(search(model, options, end, params, tokens_BT, lengths_B))
     return [_until(ids, end) for ids in new_BT.tolist()]
+
+
+def check_rows(
+    model: nn.Module, rows: Sequence[Sequence[int]], options: GenerateConfig, length: int
+) -> int:
+    """Check that rows can be completed, as ``complete`` has them; return the number of tokens of the longest.
+
+    Raises:
+      UserError: they cannot.
+    """
+    longest = max(map(len, rows))
+    if model.config.positions == "learned" and longest + options.tokens > length:
+        raise UserError(
+            f"config.generate.tokens: {options.tokens} more after a prompt of {longest} (--prompt, "
+            f"config.generate.prompt) are beyond the {length} learned positions of this model "
+            "(config.data.length); give fewer"
+        )
+    if options.beams > 1 and model.config.scan:
+        raise UserError("config.generate.beams: a model with scanned layers (config.model.scan) takes 1 only")
+    return longest
 
 
 def _in_batches(

@@ -98,6 +98,7 @@ class ModelConfig:
             raise FieldError("positions", f"rope needs an even head width, and it is {self.key_width}")
         if self.positions == "sinusoidal" and self.width % 2:
             raise FieldError("positions", f"sinusoidal needs an even width, and it is {self.width}")
+        require(isinstance(self.attention, Mapping), "attention", self.attention, "a section with a key name")
         object.__setattr__(self, "attention", FrozenDict(self.attention))
         self._check_attention()
         self._check_remat()

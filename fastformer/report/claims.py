@@ -79,6 +79,8 @@ def parse(claims: Sequence[Mapping], arms: Collection[str], where: str) -> tuple
 
 def _parse(entry: Mapping, arms: Collection[str], where: str) -> Claim:
     fields = Claim.__dataclass_fields__
+    if not isinstance(entry, Mapping):
+        raise UserError(f"{where}: {entry!r:.60} is no claim; it must be a dict with {', '.join(fields)}")
     for key in entry:
         if key not in fields:
             raise UserError(f"{where}.{key}: no such key{nearest(key, fields)} (keys: {', '.join(fields)})")

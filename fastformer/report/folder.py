@@ -92,12 +92,24 @@ def read(folder: str | Path) -> Experiment:
     for name in ("ARMS", "SEEDS", "SMOKE", "CLAIMS", "get_config"):
         if not hasattr(module, name):
             raise UserError(f"{file}: {name} is missing; fastformer/report/folder.py says what it must hold")
+    for name, kind, example in (
+        ("ARMS", dict, '{"softmax": "the baseline"}'), ("SEEDS", (tuple, list), "(1, 2, 3)"),
+        ("SMOKE", dict, '{"train.steps": 2}'), ("CLAIMS", (tuple, list), "({...},)"),
+    ):  # fmt: skip
+        value = getattr(module, name)
+        if not isinstance(value, kind) or name == "SMOKE" and not all(isinstance(key, str) for key in value):
+            raise UserError(f"{file}: {name}, {value!r:.60}, is not allowed; it must be as {example}")
     for arm in module.ARMS:
-        if not re.fullmatch(r"[\w.+]+(-[\w.+]+)*", arm):
+        if not isinstance(arm, str) or not re.fullmatch(r"[\w.+]+(-[\w.+]+)*", arm):
             raise UserError(f"{file}: ARMS: {arm!r} is not allowed; a name has letters, digits, . _ + and -")
+    for seed in module.SEEDS:
+        if not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise UserError(f"{file}: SEEDS: {seed!r} is not allowed; it must be a whole number, 0 or more")
     if not module.ARMS or not module.SEEDS or len(set(module.SEEDS)) != len(module.SEEDS):
         raise UserError(f"{file}: ARMS and SEEDS must hold one entry or more, each once")
-    quality = tuple(getattr(module, "QUALITY", ("quality.bits_per_byte",)))
+    quality = getattr(module, "QUALITY", ("quality.bits_per_byte",))
+    if not isinstance(quality, (tuple, list)):
+        raise UserError(f'{file}: QUALITY, {quality!r}, is not allowed; it must be as ("quality.accuracy",)')
     for metric in quality:
         claims.check_metric(metric, f"{file}: QUALITY")
     return Experiment(
@@ -105,7 +117,7 @@ def read(folder: str | Path) -> Experiment:
         about=_about(module.__doc__ or "", file),
         arms=dict(module.ARMS),
         seeds=tuple(module.SEEDS),
-        quality=quality,
+        quality=tuple(quality),
         smoke=dict(module.SMOKE),
         claims=claims.parse(module.CLAIMS, module.ARMS, str(file)),
     )
@@ -138,13 +150,21 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
       UserError: a line that is no row.
     """
     rows = []
-    lines = file.read_text().splitlines() if file.is_file() else []
+    try:
+        lines = file.read_text("utf-8").splitlines() if file.is_file() else []
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: is no text in UTF-8 ({error}); restore it") from error
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-            row["arm"], row["seed"], row["config_sha256"], row["metrics"].items()
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{file}, line {number}: is not a result; mend or remove it") from error
+            numbers, made_with = row["metrics"].values(), row.get("config", {})
+            whole = isinstance(row["arm"], str) and isinstance(row["seed"], int)
+            whole = whole and isinstance(row["config_sha256"], str) and isinstance(made_with, dict)
+            whole = whole and all(isinstance(value, (int, float)) for value in numbers)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            whole = False
+        if not whole:
+            raise UserError(f"{file}, line {number}: is not a result; mend or remove it")
         rows.append(row)
     return rows
 

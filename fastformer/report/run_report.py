@@ -11,7 +11,7 @@ from fastformer.core import config as configuration
 from fastformer.core.errors import UserError
 from fastformer.report import plots, tables
 
-REPORT, PICTURE = "report.md", "loss.png"
+RESULT, METRICS, REPORT, PICTURE = "result.json", "metrics.jsonl", "report.md", "loss.png"
 SLOW_DATA = 0.1  # fraction of training's time
 YARDSTICKS = {
     "gzip_bits_per_byte": "gzip -9 on the same bytes, bits per byte",
@@ -61,23 +61,38 @@ def write_report(workdir: Path) -> Path:
 
 
 def read_result(workdir: Path) -> dict[str, Any]:
-    """Return what ``result.json`` holds; empty for a run that has not ended."""
-    path = Path(workdir) / "result.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    """Return what ``result.json`` holds; empty for a run that has not ended, or if it is not as written."""
+    try:
+        found = json.loads((Path(workdir) / RESULT).read_text())
+        numbers = [*found["quality"].values(), *found.get("yardsticks", {}).values()]
+        numbers += [value for name in MEASURES if (value := found.get(name)) is not None]
+        whole = all(map(_is_number, [found["step"], *numbers]))
+        return found if whole and all(isinstance(text, str) for text in found.get("samples", ())) else {}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return {}
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """Return the lines of ``metrics.jsonl``; a last line cut short is left out."""
-    path = Path(workdir) / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.is_file() else []
-    if lines and not lines[-1].rstrip().endswith("}"):
-        lines.pop()
-    return [json.loads(line) for line in lines if line.strip()]
+    """Return the lines of ``metrics.jsonl``; those that a crash cut short or an editor broke are left out."""
+    path, found = Path(workdir) / METRICS, []
+    for text in path.read_text(errors="replace").splitlines() if path.is_file() else []:
+        try:
+            line = json.loads(text)
+            whole = isinstance(line["step"], int) and isinstance(line["split"], str)
+            whole = whole and all(_is_number(value) for name, value in line.items() if name != "split")
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            whole = False
+        found += [line] if whole else []
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _curve(metrics: Sequence[Mapping[str, Any]], split: str) -> plots.Curve:
     # A run that went on from a checkpoint may have written a step twice; the later line counts.
-    points = {line["step"]: line["loss"] for line in metrics if line.get("split") == split}
+    points = {line["step"]: line["loss"] for line in metrics if line["split"] == split and "loss" in line}
     steps = sorted(points)
     return plots.Curve(steps, [points[step] for step in steps])
 

@@ -46,6 +46,6 @@ def build(config: ConfigDict) -> Task:
     Raises:
       UserError: there is no such task, it has no such key, or the model or the source is not of its kind.
     """
-    task = section(lookup(TASKS, config.task.name, "config.task.name"), config, "task")
+    task = section(lookup(TASKS, config.task.get("name"), "config.task.name"), config, "task")
     check_fits(task, config)
     return task

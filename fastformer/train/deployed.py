@@ -24,6 +24,7 @@ from fastformer.core.trees import paths
 from fastformer.models.stack import unstack
 from fastformer.train.checkpoint import FOLDER as CHECKPOINTS
 from fastformer.train.checkpoint import restore_params
+from fastformer.train.logging import METRICS
 from fastformer.train.setup import Run
 from fastformer.train.state import abstract_params
 from fastformer.train.step import put_batch
@@ -82,7 +83,7 @@ def to_bytes(run: Run, weights: Any) -> bytes:
 
 def is_imported(workdir: Path) -> bool:
     """Return whether a workdir holds the weights of a model from elsewhere, which never trained here."""
-    return (workdir / WEIGHTS).exists() and not (workdir / CHECKPOINTS).exists()
+    return (workdir / WEIGHTS).exists() and not any((workdir / x).exists() for x in (CHECKPOINTS, METRICS))
 
 
 def restore(run: Run) -> Any:

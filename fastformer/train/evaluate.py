@@ -13,7 +13,7 @@ import numpy as np
 from fastformer.core.config import section
 from fastformer.core.errors import require
 from fastformer.core.mesh import batch_sharding, use
-from fastformer.decode import GenerateConfig, TokenByToken, complete, stored
+from fastformer.decode import GenerateConfig, TokenByToken, check_rows, complete, stored
 from fastformer.tasks.task import Complete
 from fastformer.train.setup import Run
 
@@ -127,3 +127,18 @@ def completer(run: Run, params: Any) -> Complete:
     options = section(GenerateConfig, run.config, "generate")
     end = run.model.vocabulary - 1  # a tokeniser's last token ends a document
     return lambda rows: complete(run.model, params, rows, end, options, run.config.data.length)
+
+
+def check_samples(run: Run) -> None:
+    """Check before the first step that the samples of the report can be made after the last.
+
+    Raises:
+      UserError: their prompts are too long for the model.
+    """
+    options = section(GenerateConfig, run.config, "generate")
+
+    def nothing(rows: Sequence[Sequence[int]]) -> list[list[int]]:
+        check_rows(run.model, rows, options, run.config.data.length)
+        return [[] for _ in rows]
+
+    run.task.samples(nothing, run.data, options.prompt)

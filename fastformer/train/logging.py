@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import time
@@ -17,8 +16,9 @@ from tensorboardX.summary import scalar
 
 from fastformer.core.errors import require
 from fastformer.data.atomic import atomic
+from fastformer.report.run_report import METRICS, read_metrics
 
-METRICS, EVENTS = "metrics.jsonl", "tensorboard"
+EVENTS = "tensorboard"
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class MetricsLog:
     def _open(self, step: int) -> None:
         if not self._writes:
             return
-        lines = [line for line in _whole_lines(self._path) if line["step"] <= step]
+        lines = [line for line in read_metrics(self._path.parent) if line["step"] <= step]
         self._seen = {_key(line) for line in lines}
         with atomic(self._path) as file:
             file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
@@ -97,14 +97,3 @@ class MetricsLog:
 
 def _key(line: dict[str, Any]) -> tuple:
     return line["step"], line["split"], line.get("rows")
-
-
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the lines that a crash left whole."""
-    found = []
-    for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            line = json.loads(text)
-            if isinstance(line, dict) and {"step", "split"} <= set(line):
-                found.append(line)
-    return found

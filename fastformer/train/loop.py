@@ -10,17 +10,18 @@ import jax
 from ml_collections import ConfigDict
 
 from fastformer import compress
+from fastformer.compress.store import WEIGHTS
 from fastformer.core import config as configuration
-from fastformer.core.config import section
+from fastformer.core.config import CONFIG, section
 from fastformer.core.errors import UserError
 from fastformer.core.mesh import use
 from fastformer.decode import GenerateConfig
 from fastformer.train import deployed, result, setup
 from fastformer.train.begin import begun
-from fastformer.train.checkpoint import CheckpointConfig, Checkpoints, Restored
-from fastformer.train.evaluate import EvaluateConfig, Evaluation, apart, decoded, make_evaluate
+from fastformer.train.checkpoint import FOLDER, CheckpointConfig, Checkpoints, Restored
+from fastformer.train.evaluate import EvaluateConfig, Evaluation, apart, check_samples, decoded, make_evaluate
 from fastformer.train.gauge import Trace, make_gauge
-from fastformer.train.logging import LogConfig, MetricsLog
+from fastformer.train.logging import EVENTS, METRICS, LogConfig, MetricsLog
 from fastformer.train.optimiser import make_optimiser
 from fastformer.train.precision import Plan
 from fastformer.train.progress import ProgressLine, clock
@@ -28,14 +29,15 @@ from fastformer.train.session import BadSteps, Session
 from fastformer.train.setup import Run
 from fastformer.train.state import TrainState, abstract_state, initial_state
 from fastformer.train.step import compile_all
-from fastformer.train.stop import Stop, Stopped
+from fastformer.train.stop import Stop
 from fastformer.train.times import Times
 
 
 def train(config: ConfigDict, workdir: Path | str, devices: list[jax.Device] | None = None) -> None:
     """Train the run of ``config`` in ``workdir``, from its last checkpoint if it has one, to its result.
 
-    SIGTERM and SIGINT save the step under way first; it then returns, and the same call goes on.
+    SIGTERM and SIGINT save the step under way first; it then returns, and the same call goes on. (Where
+    there is nothing to save yet, they raise signals.Ended.)
 
     Args:
       devices: to train on (default: all).
@@ -55,22 +57,35 @@ def train(config: ConfigDict, workdir: Path | str, devices: list[jax.Device] | N
     Plan(config)
     compress.build(config).check()
     workdir = setup.open_workdir(config, workdir)
+    check_kinds(workdir)
     with setup.lock(workdir), Stop() as stop:
-        try:
-            if result.is_finished(config, workdir):
-                result.say_finished(workdir)
-                return
-            if config.train.steps and deployed.is_imported(workdir):
-                raise UserError(
-                    f"--workdir: {workdir} holds an imported model; train elsewhere with "
-                    f"config.train.init={workdir}"
-                )
-            setup.forget_text(workdir)
-            run = setup.build_run(config, workdir, devices)
-            with use(run.mesh, run.rules):
-                _train(run, run.compression.optimiser(tx, run.model), schedule, stop)
-        except Stopped:
-            print("stopped, with nothing left to save; the same command goes on", flush=True)
+        if result.is_finished(config, workdir):
+            result.say_finished(workdir)
+            return
+        if config.train.steps and deployed.is_imported(workdir):
+            raise UserError(
+                f"--workdir: {workdir} holds an imported model; train elsewhere with "
+                f"config.train.init={workdir}"
+            )
+        setup.forget_text(workdir)
+        run = setup.build_run(config, workdir, devices)
+        check_samples(run)
+        with use(run.mesh, run.rules):
+            _train(run, run.compression.optimiser(tx, run.model), schedule, stop)
+
+
+def check_kinds(workdir: Path) -> None:
+    """Check that no file stands where a run keeps a folder, and no folder where it keeps a file.
+
+    Raises:
+      UserError: one does.
+    """
+    folders, files = (FOLDER, EVENTS), (CONFIG, setup.LOCK, METRICS, result.RESULT, result.REPORT, WEIGHTS)
+    for name in (*folders, *files):
+        path = workdir / name
+        if path.exists() and path.is_dir() != (name in folders):
+            found, kept = ("a folder", "a file") if path.is_dir() else ("a file", "a folder")
+            raise UserError(f"--workdir: {path} is {found}, and a run has {kept} there; choose another")
 
 
 def _train(run: Run, tx: Any, schedule: Any, stop: Stop) -> None:

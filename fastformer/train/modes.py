@@ -19,7 +19,7 @@ from fastformer.data.sources import SOURCES, split_source
 from fastformer.decode import GenerateConfig
 from fastformer.report.benchmark import run_benchmark
 from fastformer.train import ahead, deployed, imports, loop, setup
-from fastformer.train.evaluate import completer
+from fastformer.train.evaluate import EvaluateConfig, completer
 from fastformer.train.evaluate import evaluate as measure
 
 Asked = Mapping[str, Sequence[str]]  # by flag, what --mode=generate is to answer
@@ -37,6 +37,7 @@ def benchmark(config: ConfigDict, workdir: Path, asked: Asked) -> None:
 
 def evaluate(config: ConfigDict, workdir: Path, asked: Asked) -> None:
     """Print the metrics of the run's weights, best or as stored, on all of the held-out split, as JSON."""
+    section(EvaluateConfig, config, "evaluate")
     run = setup.build_run(config, workdir)
     params = deployed.restore(run)
     print(json.dumps(measure(run, params) | run.data.yardsticks(), indent=2))
@@ -45,6 +46,7 @@ def evaluate(config: ConfigDict, workdir: Path, asked: Asked) -> None:
 def generate(config: ConfigDict, workdir: Path, asked: Asked) -> None:
     """Print what the task makes of what is asked; the data that the run was trained on need not be there."""
     options = section(GenerateConfig, config, "generate")
+    section(DataConfig, config, "data")
     task = tasks.build(config)
     asked = asked or {"prompt": [options.prompt]}
     task.check_asked(asked)

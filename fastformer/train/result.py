@@ -25,7 +25,7 @@ from fastformer.core.trees import count
 from fastformer.data.atomic import atomic
 from fastformer.decode import decode_tokens_per_second, stored
 from fastformer.report.cost import state_bytes
-from fastformer.report.run_report import REPORT, write_report
+from fastformer.report.run_report import REPORT, RESULT, read_result, write_report
 from fastformer.train import deployed
 from fastformer.train.checkpoint import FOLDER
 from fastformer.train.evaluate import completer
@@ -35,7 +35,6 @@ from fastformer.train.state import TrainState, abstract_params
 from fastformer.train.step import CompiledStep, peak_memory_bytes
 from fastformer.train.times import Times
 
-RESULT = "result.json"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -44,27 +43,19 @@ def is_finished(config: ConfigDict, workdir: Path) -> bool:
     return (
         (not config.train.steps or (workdir / FOLDER / str(config.train.steps)).is_dir())
         and (workdir / WEIGHTS).exists()
-        and _read(workdir).get("step") == config.train.steps
+        and read_result(workdir).get("step") == config.train.steps
     )
 
 
 def say_finished(workdir: Path) -> None:
     """Print what a finished run came to, and write its report if that is missing."""
-    found = _read(workdir)
+    found = read_result(workdir)
     if not (workdir / REPORT).exists():
         write_report(workdir)
     numbers = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in found["quality"].items())
     print(
         f"{workdir} is finished: step {found['step']}, held-out {numbers}; see {workdir / REPORT}", flush=True
     )
-
-
-def _read(workdir: Path) -> dict[str, Any]:
-    try:
-        found = json.loads((workdir / RESULT).read_text())
-        return found if isinstance(found["quality"], dict) else {}
-    except (OSError, ValueError, LookupError, TypeError):
-        return {}
 
 
 def write_result(

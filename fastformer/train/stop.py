@@ -10,11 +10,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from fastformer.core.signals import asking
-
-
-class Stopped(BaseException):
-    """Ends what a signal may end at once; no Exception, so that nothing on the way swallows it."""
+from fastformer.core.signals import Ended, asking
 
 
 class Stop:
@@ -22,7 +18,7 @@ class Stop:
 
     Attributes:
       asked: a signal came.
-      at_once: nothing would be lost by ending right now; it raises Stopped.
+      at_once: nothing would be lost by ending right now; it raises signals.Ended.
     """
 
     def __init__(self) -> None:
@@ -42,7 +38,7 @@ class Stop:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
         if self.at_once:
-            raise Stopped
+            raise Ended("stopped, with nothing left to save; the same command goes on")
 
     def agreed(self) -> bool:
         """Return whether any process was asked to stop: all must save the same step."""
