@@ -19,7 +19,10 @@ ROOT = Path(__file__).resolve().parent
 def run(argv: Sequence[str]) -> int:
     """Do what the flags say; return the exit code."""
     flags, overrides = parse(argv)
-    launch = Path(os.path.relpath(ROOT / "launch.py"))
+    try:
+        launch = Path(os.path.relpath(ROOT / "launch.py"))
+    except FileNotFoundError as error:
+        raise UserError("the current directory is not there any more; go to one that is") from error
     if flags.experiment:
         from fastformer.report.experiment import run_experiment
 

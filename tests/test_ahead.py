@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from tiny import tiny_config
+from tiny import tiny_config, use_variant
 
+from fastformer.attention import VARIANTS
 from fastformer.core.config import set_key
 from fastformer.core.errors import UserError
 from fastformer.core.mesh import MeshConfig, make_mesh
@@ -157,3 +158,13 @@ def test_topologies_that_cannot_be(topology, message):
     with pytest.raises(UserError, match=message) as error:
         devices_of(topology)
     assert "\n" not in str(error.value)
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_compiles_for_a_pod(name, tmp_path):
+    config = ahead(tmp_path, **{"data.length": 256})
+    use_variant(config, name)
+    found = compile_for(config, "v5e:2x2")
+    assert found["flops"] >= found["useful_flops"] > 0 and found["traffic"] and found["peak"] < found["hbm"]

@@ -6,6 +6,7 @@ import json
 
 import pytest
 from compress_tools import DEVICES, configured, train
+from tiny import use_variant
 
 from fastformer.attention import VARIANTS
 from fastformer.core.errors import UserError
@@ -22,14 +23,8 @@ SHORT = {
 
 def run_config(folder, name: str, *methods: str):
     """Return the configuration of a short run with a variant, an encoder where it is no decoder."""
-    variant = VARIANTS[name]
-    decodes = variant.causal and variant.streaming
     config = configured(folder, *methods, **SHORT)
-    config.unlock()
-    config.model.attention = {"name": name, **variant.small}
-    if not decodes:
-        config.task.name, config.model.name, config.model.bidirectional = "mlm", "encoder", True
-    return config.lock(), decodes
+    return config, use_variant(config, name)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from configs import base
+from fastformer.attention import VARIANTS
 from fastformer.core import config as configuration
 
 WORDS = "the model reads a row of tokens and says which comes next until every document has its end".split()
@@ -46,3 +47,17 @@ def configured(folder: Path, **settings) -> ConfigDict:
     for key, value in settings.items():
         configuration.set_key(config, key.replace("__", "."), value)
     return config
+
+
+def use_variant(config: ConfigDict, name: str) -> bool:
+    """Give a configuration an attention variant in its smallest form; return whether it decodes.
+
+    The model is an encoder where it does not.
+    """
+    variant = VARIANTS[name]
+    decodes = variant.causal and variant.streaming
+    with config.unlocked():
+        config.model.attention = {"name": name, **variant.small}
+        if not decodes:
+            config.task.name, config.model.name, config.model.bidirectional = "mlm", "encoder", True
+    return decodes

@@ -97,7 +97,8 @@ def find(workdir: str) -> ConfigDict:
         raise FieldError("teacher", "'' is not allowed; it must be the workdir of a finished run")
     for name in (configuration.CONFIG, store.WEIGHTS):
         if not (folder / name).is_file():
-            reason = "train it to its end first" if folder.is_dir() else "there is no such folder"
+            reason = "it is a file" if folder.is_file() else "there is no such folder"
+            reason = "train it to its end first" if folder.is_dir() else reason
             raise FieldError("teacher", f"{workdir} holds no {name}; {reason}")
     try:
         return configuration.from_json((folder / configuration.CONFIG).read_text())

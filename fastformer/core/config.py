@@ -44,7 +44,8 @@ def load_module(path: str) -> ModuleType:
     file = Path(path)
     if not file.is_file():
         siblings = [str(p) for p in file.parent.glob("*.py") if p != file] if file.parent.is_dir() else []
-        raise UserError(f"--config: no file {path}{nearest(path, siblings)}")
+        here = "" if file.is_absolute() else f" (seen from {Path.cwd()})"
+        raise UserError(f"--config: no file {path}{nearest(path, siblings)}{here}")
     if file.suffix != ".py":
         raise UserError(f"--config: {path} is no Python file; it must end in .py")
     spec = importlib.util.spec_from_file_location(f"_config_{file.stem}", file)

@@ -69,6 +69,8 @@ def explain(error: BaseException) -> tuple[int, str] | None:
         return 1, f"the disk is full; make room, and {GOES_ON} ({reason[:200]})"
     if number in BROKEN:
         return 1, f"a file cannot be read or written; mend that, and {GOES_ON} ({reason[:200]})"
+    if isinstance(error, RuntimeError) and reason.startswith("Unable to initialize backend"):
+        return 2, f"JAX: {reason[:300]}; $JAX_PLATFORMS names what there is (cpu, cuda, tpu), or is empty"
     if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in reason:
         return 2, f"{TOO_LARGE} ({reason[:200] or 'MemoryError'})"
     return None

@@ -51,7 +51,8 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     sizes = dataclasses.asdict(config)
     fixed = math.prod(size for size in sizes.values() if size > 0)
     if -1 in sizes.values():
-        sizes = {name: len(devices) // fixed if size == -1 else size for name, size in sizes.items()}
+        left = max(1, len(devices) // fixed)
+        sizes = {name: left if size == -1 else size for name, size in sizes.items()}
     if math.prod(sizes.values()) != len(devices):
         asked = " x ".join(f"{name} {size}" for name, size in sizes.items())
         raise UserError(f"config.mesh: {asked} is not the {len(devices)} devices that are here")

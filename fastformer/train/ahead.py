@@ -37,6 +37,7 @@ from fastformer.train.step import abstract_batch, jit_train_step
 SIZE = r"[1-9]\d{0,3}"  # libtpu divides by a size of 0, which ends the process
 TOPOLOGY = re.compile(rf"(?:(?P<slices>{SIZE})\*)?(?P<chip>\w+):(?P<shape>{SIZE}(?:x{SIZE})*)$")
 OUT_OF_MEMORY = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", re.IGNORECASE)
+TASKS = ("text", "code", "mlm")  # whose batches are rows of tokens, as NoData has them
 HELP = (
     "What helps, in this order: config.model.remat=full, config.model.loss_chunk=512, config.mesh.fsdp=-1 "
     "(shards of weights and moments), config.train.accumulate=2 or more, config.model.dtype=bfloat16."
@@ -143,19 +144,19 @@ def compile_for(config: ConfigDict, topology: str) -> dict[str, Any]:
 
 
 def _run(config: ConfigDict, devices: list[Any]) -> Run:
-    if config.task.name != "text":
-        raise UserError(
-            f"config.task.name: --mode=compile knows the batches of text, not of {config.task.name}"
-        )
+    task = tasks.build(config)
+    if task.name not in TASKS:
+        known = ", ".join(TASKS)
+        raise UserError(f"config.task.name: --mode=compile knows the batches of {known}, not of {task.name}")
     if config.compress.methods:
         raise UserError("config.compress.methods: --mode=compile knows runs without compression; make it ()")
     section(setup.TrainConfig, config, "train")
     length = section(DataConfig, config, "data").length
     mesh, axis_rules = make_mesh(section(MeshConfig, config, "mesh"), devices), rules(config.sharding)
     data = NoData(config)
-    model = models.build(config, data.vocabulary, length)
+    model = models.build(config, data.vocabulary, length, task.head)
     check_sizes(config, data.vocabulary, mesh, axis_rules)
-    return Run(config, Path(), mesh, axis_rules, data, model, tasks.build(config))
+    return Run(config, Path(), mesh, axis_rules, data, model, task)
 
 
 def _flops(run: Run, tx: Any, schedule: Any, abstract: Any, batch: Any) -> dict[str, int]:
@@ -169,9 +170,8 @@ def _flops(run: Run, tx: Any, schedule: Any, abstract: Any, batch: Any) -> dict[
         config = run.config.copy_and_resolve_references()
         for key, value in changes.items():
             configuration.set_key(config, key, value)
-        plain = dataclasses.replace(
-            run, config=config, model=models.build(config, run.data.vocabulary, config.data.length)
-        )
+        model = models.build(config, run.data.vocabulary, config.data.length, run.task.head)
+        plain = dataclasses.replace(run, config=config, model=model)
         return flops(jit_train_step(plain, tx, schedule, abstract), abstract, batch)
 
     xla = {"model.implementation": "xla"}

@@ -74,6 +74,8 @@ def export(workdir: Path, form: str, output: str) -> str:
             form, output, run.model, lambda: run.weights(jnp.float32, lambda x, _: x), run.tokeniser
         )
     except FieldError as error:
+        if error.field.startswith("--"):
+            raise
         raise UserError(f"--workdir: {error.message}") from error
     size = sum(path.stat().st_size for path in folder.iterdir())
     return f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}; {size:,} bytes"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -40,6 +41,8 @@ def evaluate(config: ConfigDict, workdir: Path, asked: Asked) -> None:
     section(EvaluateConfig, config, "evaluate")
     run = setup.build_run(config, workdir)
     params = deployed.restore(run)
+    rows = run.data.heldout_rows(config.evaluate.overlap)
+    print(f"evaluating all {rows:,} held-out rows", file=sys.stderr, flush=True)
     print(json.dumps(measure(run, params) | run.data.yardsticks(), indent=2))
 
 
