@@ -120,7 +120,7 @@ def test_train_again_evaluate_generate(tmp_path, capsys, monkeypatch):
         ((BASE, "train"), "train: no such flag; did you mean --mode=train?"),
         ((BASE, "--experiment="), "--experiment: is empty"),
         (("--mode=evaluate", "--workdir=" + "a" * 300), "cannot be reached"),
-        ((BASE, "--config=configs/lm.py"), "--config: is given twice"),
+        ((BASE, "--config=configs/none.py"), "--config: is given twice"),
         ((BASE, "--mode=train", "--mode", "evaluate"), "--mode: is given twice"),
         ((BASE, "--prompt=x"), "--prompt: goes with --mode=generate"),
         ((BASE, "--source=x"), "--source: goes with --mode=generate"),
