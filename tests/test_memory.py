@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import tiny_config
+from tiny import tiny_config, use_variant
 
 from configs import base
 from fastformer import models
+from fastformer.attention import VARIANTS
 from fastformer.core import config as configuration
 from fastformer.core.errors import UserError
-from fastformer.core.mesh import use
+from fastformer.core.mesh import MeshConfig, make_mesh, rules, shardings, use
 from fastformer.core.seq import Seq, whole
 from fastformer.core.trees import SCANNED, paths
 from fastformer.models.stack import unstack
@@ -166,6 +167,20 @@ def test_scanned_layers_are_the_layers(model, period):
         logits, state = one({"params": params}, *part, state)
         logits_scanned, states = other({"params": stacked}, *part, states)
         np.testing.assert_allclose(logits, logits_scanned, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_has_a_layout_when_scanned(name, folder):
+    """No parameter has twice the same letter, that of the layers in front included."""
+    config = settled(tiny_config(folder), {"model.scan": True, "model.layers": 2})
+    use_variant(config, name)
+    model = models.build(config, VOCABULARY, 16)
+    boxed = jax.eval_shape(
+        lambda: model.init(jax.random.key(0), jnp.zeros((BATCH, 16), jnp.int32), whole(BATCH, 16))
+    )
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+    found = shardings(boxed, mesh, rules(config.sharding))
+    assert len(jax.tree.leaves(found)) == len(jax.tree.leaves(nn.unbox(boxed)))
 
 
 def test_a_scanned_stack_is_one_body_however_deep():

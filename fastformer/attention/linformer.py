@@ -94,7 +94,7 @@ class Linformer(Mixer):
         time = x_BTD.shape[1]
         require(self.length >= time, "length", self.length, f"{time}, the tokens of a row, or more")
         count, own = SHARES[self.share]
-        init = nn.with_logical_partitioning(nn.initializers.normal(self.length**-0.5), ("L", "G", "R"))
+        init = nn.with_logical_partitioning(nn.initializers.normal(self.length**-0.5), ("T", "G", "R"))
         shape = (self.length, self.groups if own else 1, self.rank)
         tables = [self.param(name, init, shape) for name in ("key_rows", "value_rows")[:count]]
         return tables[0], tables[-1]

@@ -228,13 +228,13 @@ class Synthesizer(Mixer):
         hidden_BTHR = jax.nn.relu(hidden_BTHR + bias_HR[None, None])
         # The scores have variance one at first: half of a hidden unit's square is left by the ReLU.
         deviation = math.sqrt(2.0 / self.head_width)
-        table = self._table("dense", "LGR", (self.length, self.groups, self.head_width), deviation)
-        return Dense(hidden_BTHR, table, self._table("dense_bias", "LG", (self.length, self.groups), 0.0))
+        table = self._table("dense", "TGR", (self.length, self.groups, self.head_width), deviation)
+        return Dense(hidden_BTHR, table, self._table("dense_bias", "TG", (self.length, self.groups), 0.0))
 
     def _random(self) -> Random:
         deviation = self.rank**-0.25
-        rows = self._table("random_rows", "LHR", (self.length, self.heads, self.rank), deviation)
-        columns = self._table("random_columns", "LGR", (self.length, self.groups, self.rank), deviation)
+        rows = self._table("random_rows", "THR", (self.length, self.heads, self.rank), deviation)
+        columns = self._table("random_columns", "TGR", (self.length, self.groups, self.rank), deviation)
         return Random(rows, columns)
 
     def _table(self, name: str, letters: str, shape: tuple[int, ...], deviation: float) -> jax.Array:
