@@ -67,12 +67,14 @@ def test_what_a_program_sends():
 
 
 def test_a_collective_in_several_fusions_is_one():
-    """Started before a loop, and a part of it sent in every turn."""
-    gather = "= f32[16]{0} all-gather(%a), channel_id=7, replica_groups=[1,4]<=[4], dimensions={0}\n"
-    program = PROGRAM.replace("  %next", f"  %part {gather}  %next").replace("  %r", f"  %start {gather}  %r")
-    before, found = (traffic(text)["all-gather"] for text in (PROGRAM, program))
-    assert program.count("channel_id=7") == 2
-    assert (found.calls - before.calls, found.bytes - before.bytes) == (1, 48.0)
+    """Started before a loop, and a part of it sent in every turn; others may have the same channel too."""
+    gather = "= f32[16]{0} all-gather(%a), channel_id=7, replica_groups=[1,4]<=[4], dimensions={0}"
+    for chain, calls in ((', frontend_attributes={chain_id="0"}', 1), ("", 1 + 4)):
+        line = f"{gather}{chain}\n"
+        program = PROGRAM.replace("  %next", f"  %part {line}  %next").replace("  %r", f"  %start {line}  %r")
+        before, found = (traffic(text)["all-gather"] for text in (PROGRAM, program))
+        assert program.count("channel_id=7") == 2
+        assert (found.calls - before.calls, found.bytes - before.bytes) == (calls, calls * 48.0)
 
 
 def test_turns_that_cannot_be_told_are_not_guessed():

@@ -23,7 +23,7 @@ _MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(?\[?[\d,\]
 _COMPARE = re.compile(r"ROOT .* compare\(%?([\w.\-]+), %?([\w.\-]+)\), direction=LT")
 _CONSTANT = re.compile(r"%?([\w.\-]+) = [su]32\[\]\S* constant\((\d+)\)")
 _LOOP = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
-_CHANNEL = re.compile(r"channel_id=(\d+)")
+_CHAIN = re.compile(r"channel_id=(\d+).*chain_id=\"")  # channels of what is in no chain may be alike
 _PAIRS = re.compile(r"source_target_pairs=\{(\{.*?\})\}")
 
 
@@ -60,14 +60,14 @@ def traffic(program: str, per_slice: int = 0) -> dict[str, Traffic]:
                 continue
             if turns < 0:
                 raise ValueError(f"{hit[2]} stands in a loop whose number of turns is not known")
-            groups, channel = _groups(line), _CHANNEL.search(line)
+            groups, chain = _groups(line), _CHAIN.search(line)
             sent = turns * _sent(hit[2], hit[1], bool(hit[3]), groups.shape[1] if groups.size else 1)
             far = (
                 per_slice and groups.size and bool(np.any(groups // per_slice != groups[:, :1] // per_slice))
             )
-            # TPUs spread one collective over fusions that compute meanwhile, some of them in loops that are
+            # TPUs spread one collective over a chain of fusions that compute meanwhile, some of them in loops
             # within what it is sent for: each names it again. It is sent as often as the outermost runs.
-            key = (hit[2], channel[1] if channel else f"{name} {number}")
+            key = (hit[2], chain[1] if chain else f"{name} {number}")
             part = (turns, sent, sent if far else 0.0)
             parts[key] = min(parts.get(key, part), part)
     found: dict[str, Traffic] = {}
