@@ -3,7 +3,8 @@
 Arms: the length in units of 1024 tokens, 8k, 32k, 128k; a step has 2 M tokens in each, and rows longer
 than 8k are split in time. The mixer is config.model.attention.name.
 Command: python launch.py --mode=compile --config=configs/pod.py:8k --topology=v5e:16x16
-  (on any machine, no TPU needed; pip install libtpu); docs/training.md has the table of python tests/pod_table.py
+  (on any machine, no TPU needed; pip install libtpu); several, as docs/training.md has them: python
+  tests/pod_table.py
 """
 
 from ml_collections import ConfigDict
