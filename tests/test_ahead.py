@@ -17,6 +17,7 @@ from fastformer.core.errors import UserError
 from fastformer.core.mesh import MeshConfig, make_mesh
 from fastformer.report.collectives import traffic
 from fastformer.report.roofline import CHIPS, estimate
+from fastformer.train import ahead as ahead_of_time
 from fastformer.train.ahead import compile_for, describe, devices_of
 
 needs_libtpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed")
@@ -75,6 +76,28 @@ def test_a_collective_in_several_fusions_is_one():
         before, found = (traffic(text)["all-gather"] for text in (PROGRAM, program))
         assert program.count("channel_id=7") == 2
         assert (found.calls - before.calls, found.bytes - before.bytes) == (calls, calls * 48.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "result", "start", "sent"),
+    [
+        ("all-reduce", "(f32[10], f32[20])", "(f32[10], f32[20])", 2 * 120 * 0.75),
+        ("all-gather", "(f32[40], f32[80])", "((f32[10], f32[20]), (f32[40], f32[80]))", 480 * 0.75),
+        ("collective-permute", "f32[40]", "(f32[40], f32[40], u32[], u32[])", 160.0),
+    ],
+)
+def test_what_is_sent_meanwhile_is_as_much(kind, result, start, sent):
+    for shape, name in ((result, kind), (start, f"{kind}-start")):
+        line = f"  %r = {shape} {name}(%a, %b), channel_id=1, replica_groups=[1,4]<=[4]"
+        found = traffic(f"HloModule m\n\nENTRY %main (a: f32[1]) -> f32[1] {{\n{line}\n}}\n")
+        assert found == {kind: (1, sent, 0.0)}
+
+
+def test_what_goes_to_other_slices_through_hosts():
+    send = "%s = (f32[16], u32[], token[]) send(%a, %t), channel_id=4, is_host_transfer=true, "
+    send += 'frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE",is_spmd_generated="true"}\n'
+    found = traffic(PROGRAM.replace("  %next", f"  {send}  %next"), per_slice=2)["all-reduce"]
+    assert found == (1 + 4, 64.0 + 4 * 64, 64.0 + 4 * 64)
 
 
 def test_turns_that_cannot_be_told_are_not_guessed():
@@ -139,6 +162,21 @@ def test_slices_hold_copies(tmp_path):
         assert len({device.slice_index for device in copy.flat}) == 1
     with pytest.raises(UserError, match="config.mesh.data: 1 is no multiple of the 2 slices"):
         make_mesh(MeshConfig(1, -1, 1), devices)
+
+
+def test_what_the_compiler_has_no_room_for_does_not_fit():
+    error = RuntimeError("RESOURCE_EXHAUSTED: Used 15.88G of 15.75G hbm. Exceeded hbm capacity by 130M.")
+    assert ahead_of_time._needed(error) == {"peak": 15.88 * 2.0**30, "hbm": 15.75 * 2.0**30}
+    with pytest.raises(RuntimeError, match="another"):
+        ahead_of_time._needed(RuntimeError("another"))
+
+
+@needs_libtpu
+def test_of_a_plan_the_precision_that_needs_most_is_told(tmp_path):
+    plan = ("bfloat16", 1), ("float32", 1)
+    found = compile_for(ahead(tmp_path, **{"train.precision": plan, "data.length": 64}), "v5e:2x2")
+    alone = compile_for(ahead(tmp_path, **{"data.length": 64}), "v5e:2x2")
+    assert (found["precision"], found["peak"]) == ("float32", alone["peak"])
 
 
 def test_what_does_not_fit_says_what_helps():

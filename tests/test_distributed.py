@@ -34,6 +34,11 @@ def test_two_processes_train_as_one(tmp_path):
         np.testing.assert_allclose(x, weights[1][path], rtol=1e-3, atol=1e-5, err_msg=path)
     result = json.loads((tmp_path / "two/result.json").read_text())
     assert result["step"] == 8 and result["device"].startswith("4 x cpu")
+    # Along tensor and time, in which rows are the same in both processes.
+    two_processes.run(tmp_path, tmp_path / "across", 2, 4, mesh=(1, 1, 2, 2))
+    across = kill_and_resume.losses(tmp_path / "across")
+    losses, right = ([x["loss"] for x in lines if x["split"] == "train"][:2] for lines in (across, one))
+    np.testing.assert_allclose(losses, right, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

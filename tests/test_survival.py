@@ -52,7 +52,7 @@ def test_steps_that_are_not_finite_are_skipped_and_counted():
     taken, guard = watched([1.0, np.nan, np.inf, 1.0, np.nan])
     assert taken == [True, False, False, True, False]
     assert (int(guard.skipped), int(guard.streak), int(guard.taken)) == (3, 1, 2)
-    assert np.isfinite(guard.mean) and np.isfinite(guard.square)
+    assert np.isfinite(guard.mean) and np.isfinite(guard.variance)
 
 
 def test_a_gradient_that_is_not_finite_is_enough():
@@ -80,8 +80,11 @@ def test_a_spike_is_skipped_once_the_loss_is_known():
     usual = list(3.0 + 0.1 * rng.standard_normal(40))
     assert all(watched([*usual, 9.0])[0])  # not asked to look
     taken, guard = watched([*usual, 9.0, 3.0, 9.0], spike=6.0)
-    assert taken == [True] * 40 + [False, True, False] and abs(float(guard.mean) - 1.7) < 0.1
+    assert taken == [True] * 40 + [False, True, False] and abs(float(guard.mean) - 3.0) < 0.1
     assert all(watched([9.0, 3.0, 9.0], spike=6.0)[0])
+    steady = 8.0 + 2e-3 * rng.standard_normal(400)  # float32 squares would lose the deviation
+    taken, guard = watched([*steady, 8.1], spike=6.0)
+    assert taken == [True] * 400 + [False] and 1e-3 < float(guard.variance) ** 0.5 < 3e-3
 
 
 # Runs

@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -183,6 +184,54 @@ def test_a_trace_of_some_steps(folder, straight, tmp_path):
     planes = jax.profiler.ProfileData.from_file(str(trace)).planes
     events = [event for plane in planes for line in plane.lines for event in line.events]
     assert {dict(event.stats).get("step_num") for event in events if event.name == "train"} == {3, 4}
+
+
+@pytest.mark.parametrize("step", [6, 12])
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_asked_to_stop_where_it_evaluates_it_saves_first(folder, straight, tmp_path, monkeypatch, when, step):
+    make, ahead, called = loop.make_evaluate, loop._evaluate_if_due, []
+
+    def interrupting(run, stop):
+        inner = make(run, stop)
+
+        def evaluate(params, limit):
+            called.append(limit)
+            if len(called) == step // 6:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return inner(params, limit)
+
+        return evaluate
+
+    def early(s):
+        if s.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return ahead(s)
+
+    if when == "before":
+        monkeypatch.setattr(loop, "_evaluate_if_due", early)
+    else:
+        monkeypatch.setattr(loop, "make_evaluate", interrupting)
+    loop.train(configured(folder), tmp_path, DEVICES)
+    monkeypatch.undo()
+    assert (tmp_path / "checkpoints" / str(step)).is_dir() and not (tmp_path / "result.json").exists()
+    assert [line["step"] for line in lines(tmp_path) if line["split"] == "heldout"] == [6][: step // 6 - 1]
+    loop.train(configured(folder), tmp_path, DEVICES)
+    assert kill_and_resume.losses(tmp_path) == kill_and_resume.losses(straight)
+
+
+def test_it_goes_on_with_another_mesh(folder, tmp_path):
+    settings = {"model__dropout": 0.0, "checkpoint__every": 6}
+    loop.train(configured(folder, **settings), tmp_path / "one", DEVICES)
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    for name in ("checkpoints/12", "result.json"):
+        path = tmp_path / "two" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    other = settings | {"mesh__data": 1, "mesh__fsdp": 2, "checkpoint__keep": 5}
+    loop.train(configured(folder, **other), tmp_path / "two", jax.devices()[:2])
+    one, two = (kill_and_resume.losses(tmp_path / name) for name in ("one", "two"))
+    assert len(one) == len(two) and one[:7] == two[:7]
+    np.testing.assert_allclose([x["loss"] for x in two], [x["loss"] for x in one], rtol=1e-4)
+    loop.train(configured(folder, **settings), tmp_path / "two", DEVICES)  # is finished, whatever the mesh
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])

@@ -25,7 +25,10 @@ from fastformer.core import distributed
 from fastformer.train.loop import train
 config = tiny_config(Path({folder!r}))
 with config.unlocked():
-    config.train.steps, config.mesh.data, config.mesh.fsdp = {steps}, 2, 2
+    config.train.steps = {steps}
+    config.mesh.data, config.mesh.fsdp, config.mesh.tensor, config.mesh.sequence = {mesh}
+    if config.mesh.tensor > 1:
+        config.sharding.V = ()
     config.distributed.update(coordinator={coordinator!r}, processes={processes}, index={index})
 distributed.join(config)
 train(config, {workdir!r})
@@ -39,8 +42,13 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def run(folder: Path, workdir: Path, processes: int, steps: int) -> list[str]:
+def run(
+    folder: Path, workdir: Path, processes: int, steps: int, mesh: tuple[int, ...] = (2, 2, 1, 1)
+) -> list[str]:
     """Train to ``steps``; return what each process printed.
+
+    Args:
+      mesh: devices along data, fsdp, tensor and sequence.
 
     Raises:
       SystemExit: one did not end well.
@@ -58,6 +66,7 @@ def run(folder: Path, workdir: Path, processes: int, steps: int) -> list[str]:
             folder=str(folder),
             workdir=str(workdir),
             steps=steps,
+            mesh=mesh,
             coordinator=coordinator,
             processes=processes,
             index=index,

@@ -16,6 +16,8 @@ _CALL = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_com
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(")
+# Between slices TPUs send through their hosts.
+_FAR = re.compile(r'= (.*?) send\(.*_xla_megascale_transfer_type="([\w-]+)"')
 _SHAPE = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
 _LISTED = re.compile(r"replica_groups=\{(\{.*?\})\}")
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
@@ -55,11 +57,16 @@ def traffic(program: str, per_slice: int = 0) -> dict[str, Traffic]:
     parts: dict[tuple[str, str], tuple[int, float, float]] = {}
     for name, turns in _turns(lines, entry).items():
         for number, line in enumerate(lines[name]):
-            hit = _COLLECTIVE.search(line)
-            if not hit:
+            hit, between = _COLLECTIVE.search(line), _FAR.search(line)
+            if not hit and not between:
                 continue
             if turns < 0:
-                raise ValueError(f"{hit[2]} stands in a loop whose number of turns is not known")
+                raise ValueError(f"{(hit or between)[2]} stands in a loop whose number of turns is not known")
+            if between:
+                sent = turns * sum(_nbytes(*array) for array in _SHAPE.findall(between[1])[:1])
+                kind = between[2].lower().replace("_", "-")
+                parts[kind, f"{name} {number}"] = (turns, sent, sent)
+                continue
             groups, chain = _groups(line), _CHAIN.search(line)
             sent = turns * _sent(hit[2], hit[1], bool(hit[3]), groups.shape[1] if groups.size else 1)
             far = (
@@ -163,8 +170,10 @@ def _groups(line: str) -> np.ndarray:
 def _sent(kind: str, shape: str, start: bool, size: int) -> float:
     """Return the bytes that a device sends, from the shape of the result and the size of its group."""
     arrays = [_nbytes(dtype, dims) for dtype, dims in _SHAPE.findall(shape)]
-    # What starts an asynchronous one returns its operand too.
-    result = max(arrays, default=0.0) if start else sum(arrays)
+    if start and kind != "all-reduce":  # its operands stand before its results, two counters behind
+        arrays = [_nbytes(*array) for array in _SHAPE.findall(shape) if array != ("u32", "")]
+        arrays = arrays[len(arrays) // 2 :]
+    result = sum(arrays)
     share = (size - 1) / size if size else 0.0
     if kind == "all-reduce":
         return 2 * result * share

@@ -14,6 +14,8 @@ class Chip:
       hbm: bytes of memory.
       hbm_speed: bytes a second.
       link_speed: bytes a second over one link, one way.
+      far_speed: bytes a second to other slices, over the data centre's network; published of v5e and v6e
+        (6.4 and 25.6 Tbit/s a pod of 256), 50 Gbit/s taken for the others.
       devices: that JAX sees of one chip.
     """
 
@@ -21,6 +23,7 @@ class Chip:
     hbm: float
     hbm_speed: float
     link_speed: float
+    far_speed: float = 6.25e9
     devices: int = 1
 
     def of_device(self, name: str) -> float:
@@ -31,11 +34,10 @@ class Chip:
 GIB = 2.0**30
 CHIPS: dict[str, Chip] = {
     "v4": Chip(2.75e14, 32 * GIB, 1.2e12, 4.5e10, devices=2),
-    "v5e": Chip(1.97e14, 16 * GIB, 8.1e11, 4.5e10),
+    "v5e": Chip(1.97e14, 16 * GIB, 8.1e11, 4.5e10, 3.1e9),
     "v5p": Chip(4.59e14, 95 * GIB, 2.8e12, 9e10),
-    "v6e": Chip(9.2e14, 32 * GIB, 1.6e12, 9e10),
+    "v6e": Chip(9.2e14, 32 * GIB, 1.6e12, 9e10, 1.25e10),
 }
-FAR_SPEED = 6.25e9  # bytes a second that a chip has to other slices, over the data centre's network
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,6 @@ def estimate(chip: Chip, flops: float, useful: float, moved: float, near: float,
         compute=flops / peak,
         memory=moved / chip.of_device("hbm_speed"),
         links=near / (2 * chip.link_speed / chip.devices),
-        far=far / (FAR_SPEED / chip.devices),
+        far=far / chip.of_device("far_speed"),
         useful=useful / peak,
     )

@@ -30,6 +30,7 @@ from fastformer.report.cost import flops
 from fastformer.report.roofline import CHIPS, Chip, Estimate, estimate
 from fastformer.train import setup
 from fastformer.train.optimiser import make_optimiser
+from fastformer.train.precision import Plan
 from fastformer.train.setup import Run, check_sizes
 from fastformer.train.state import abstract_state
 from fastformer.train.step import abstract_batch, jit_train_step
@@ -100,19 +101,27 @@ def compile_for(config: ConfigDict, topology: str) -> dict[str, Any]:
     its FLOPs are counted in the traced program with blocked XLA in the kernels' place, of the same
     products.
 
+    Where the steps are made in several precisions, it is the one that needs most memory.
+
     Raises:
       UserError: the configuration or the topology cannot be.
     """
+    found = [_compile(config, topology, policy) for policy in Plan(config).names]
+    return max(found, key=lambda one: one["peak"])
+
+
+def _compile(config: ConfigDict, topology: str, policy: str) -> dict[str, Any]:
     chip, devices, per_slice = devices_of(topology)
     run, (tx, schedule) = _run(config, devices), make_optimiser(config)
     start = time.perf_counter()
     with use(run.mesh, run.rules):
         abstract, batch = abstract_state(run, tx), abstract_batch(run)
         shard = {name: _of_device(tree) for name, tree in _parts(abstract, batch).items()}
-        lowered = jit_train_step(run, tx, schedule, abstract).lower(abstract, batch)
+        lowered = jit_train_step(run, tx, schedule, abstract, policy).lower(abstract, batch)
         found = {
             "name": config.name,
             "topology": topology,
+            "precision": policy,
             "mesh": dict(run.mesh.shape),
             "devices": len(devices),
             "parameters": count(abstract.params),
@@ -123,7 +132,7 @@ def compile_for(config: ConfigDict, topology: str) -> dict[str, Any]:
             with _silence():
                 compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            return found | {"peak": _needed(error), "compile_seconds": time.perf_counter() - start}
+            return found | _needed(error) | {"compile_seconds": time.perf_counter() - start}
     plan = compiled.memory_analysis()
     sent = traffic(compiled.as_text(), per_slice if per_slice < len(devices) else 0)
     far = sum(kind.far_bytes for kind in sent.values())
@@ -192,12 +201,14 @@ def _of_device(tree: Any) -> int:
     return nbytes(shards)
 
 
-def _needed(error: Exception) -> float:
-    """Return the bytes that did not fit; any other error is raised again."""
+def _needed(error: Exception) -> dict[str, float]:
+    """Return the bytes that did not fit, and those that there were; any other error is raised again."""
     found = OUT_OF_MEMORY.search(str(error))
     if not found:
         raise error
-    return float(found[1]) * 2.0 ** {"K": 10, "M": 20, "G": 30, "T": 40}[found[2].upper()]
+    power = {"K": 10, "M": 20, "G": 30, "T": 40}
+    sizes = (float(found[i]) * 2.0 ** power[found[i + 1].upper()] for i in (1, 3))
+    return dict(zip(("peak", "hbm"), sizes))
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ from fastformer.train.checkpoint import restore_params
 from fastformer.train.logging import METRICS
 from fastformer.train.setup import Run
 from fastformer.train.state import abstract_params
-from fastformer.train.step import put_batch
+from fastformer.train.step import part_read, put_batch
 
 
 def frozen(run: Run) -> dict[str, Any]:
@@ -67,9 +67,7 @@ def calibration(run: Run) -> Calibration:
 
 def _first_batches(run: Run):
     """Return training's batches of an order of its own, always the same."""
-    return run.data.train_iterator(
-        run.config.train.batch, run.config.seed, jax.process_index(), jax.process_count()
-    )
+    return run.data.train_iterator(run.config.train.batch, run.config.seed, *part_read(run))
 
 
 def to_bytes(run: Run, weights: Any) -> bytes:

@@ -48,10 +48,15 @@ class Evaluation(NamedTuple):
     rows: int
 
 
-def make_evaluate(run: Run) -> Callable[[Any, int], Evaluation]:
+class BrokenOff(Exception):
+    """An evaluation that was not made to its end."""
+
+
+def make_evaluate(run: Run, stop: Callable[[], bool] | None = None) -> Callable[[Any, int], Evaluation]:
     """Return ``(params, limit) -> Evaluation`` on the first ``limit`` held-out rows (0: all).
 
-    It is compiled once. It draws no random numbers and reads nothing that training reads on.
+    It is compiled once. It draws no random numbers and reads nothing that training reads on. Where ``stop()``
+    comes true meanwhile, on all processes, it raises BrokenOff.
     """
     options = section(EvaluateConfig, run.config, "evaluate")
     batch_size = options.batch or run.config.train.batch
@@ -62,6 +67,8 @@ def make_evaluate(run: Run) -> Callable[[Any, int], Evaluation]:
         pending = []
         with use(run.mesh, run.rules):
             for batch in run.data.heldout_batches(batch_size, options.overlap, limit):
+                if stop and stop():
+                    raise BrokenOff
                 pending.append(totals(params, jax.device_put(batch, layout)))
                 if len(pending) > 2:  # keeps the device busy, but not more batches than that in its memory
                     jax.block_until_ready(pending[-3])

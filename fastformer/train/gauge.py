@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from fastformer.compress import within
 from fastformer.compress.method import bare
 from fastformer.core.dtypes import POLICIES
+from fastformer.core.mesh import use
 from fastformer.train.logging import EVENTS, LogConfig
 from fastformer.train.setup import Run
 from fastformer.train.state import TrainState
@@ -56,12 +57,13 @@ def make_gauge(
     side = SIDES.get(platform, LARGE)
     config = bare(run.model).config
     once = _once(config, platform)
-    if once == config:
+    if once == config and run.mesh.shape["sequence"] == 1:
         counted = program.flops
     else:
         plain = dataclasses.replace(run, model=within(run.model, lambda inner: inner.clone(config=once)))
-        step = jit_train_step(plain, tx, schedule, abstract, program.policy)
-        counted = count(step.trace(abstract, abstract_batch(run), dict(frozen)))
+        step, batch = jit_train_step(plain, tx, schedule, abstract, program.policy), abstract_batch(run)
+        with use(run.mesh, ()):  # of whole rows: where time is split, shards do more than those
+            counted = count(step.trace(abstract, batch, dict(frozen)))
     origin = f"products of {side} x {side} matrices in {dtype}, at the start"
     return Gauge(counted, ceiling(run.mesh, dtype), origin)
 

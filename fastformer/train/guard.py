@@ -26,7 +26,7 @@ class Guard:
       since: int32, finite steps since the scale was last changed.
       skipped: int32, steps that were not taken.
       streak: int32, of those, in a row up to now; overflows that a smaller scale may mend do not count.
-      mean, square: float32, averages of the loss and of its square over the steps taken.
+      mean, variance: float32, of the loss over the steps taken, those long ago counting less.
       taken: int32, steps.
     """
 
@@ -35,7 +35,7 @@ class Guard:
     skipped: jax.Array
     streak: jax.Array
     mean: jax.Array
-    square: jax.Array
+    variance: jax.Array
     taken: jax.Array
 
 
@@ -58,22 +58,23 @@ def judge(
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     good = finite & ~_is_spike(guard, loss, spike) if spike else finite
     mendable = ~finite & (guard.scale > 1) if scaled else jnp.zeros((), bool)
-    loss = jnp.where(good, loss, 0.0)  # or a NaN would stay
+    taken = guard.taken + good
+    # Weights 1, MEMORY, MEMORY^2, ... of the newest and those before; differences, for squares would cancel.
+    share = (1 - MEMORY) / (1 - MEMORY ** jnp.maximum(taken, 1).astype(jnp.float32))
+    step = jnp.where(good, share * (loss - guard.mean), 0.0)  # or a NaN would stay
+    change = jnp.where(good, (1 - share) * (guard.variance + step * (loss - guard.mean)), guard.variance)
     return good, Guard(
         **_scale(guard, finite) if scaled else {"scale": guard.scale, "since": guard.since},
         skipped=guard.skipped + ~good,
         streak=jnp.where(good, 0, guard.streak + ~mendable),
-        mean=jnp.where(good, MEMORY * guard.mean + (1 - MEMORY) * loss, guard.mean),
-        square=jnp.where(good, MEMORY * guard.square + (1 - MEMORY) * loss**2, guard.square),
-        taken=guard.taken + good,
+        mean=guard.mean + step,
+        variance=change,
+        taken=taken,
     )
 
 
 def _is_spike(guard: Guard, loss: jax.Array, spike: float) -> jax.Array:
-    whole = 1 - MEMORY ** jnp.maximum(guard.taken, 1).astype(jnp.float32)
-    mean = guard.mean / whole
-    deviation = jnp.sqrt(jnp.maximum(guard.square / whole - mean**2, 0.0))
-    return (guard.taken >= KNOWN) & (loss > mean + spike * deviation)
+    return (guard.taken >= KNOWN) & (loss > guard.mean + spike * jnp.sqrt(guard.variance))
 
 
 def _scale(guard: Guard, finite: jax.Array) -> dict[str, Any]:

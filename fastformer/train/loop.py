@@ -19,7 +19,15 @@ from fastformer.decode import GenerateConfig
 from fastformer.train import deployed, result, setup
 from fastformer.train.begin import begun
 from fastformer.train.checkpoint import FOLDER, CheckpointConfig, Checkpoints, Restored
-from fastformer.train.evaluate import EvaluateConfig, Evaluation, apart, check_samples, decoded, make_evaluate
+from fastformer.train.evaluate import (
+    BrokenOff,
+    EvaluateConfig,
+    Evaluation,
+    apart,
+    check_samples,
+    decoded,
+    make_evaluate,
+)
 from fastformer.train.gauge import Trace, make_gauge
 from fastformer.train.logging import EVENTS, METRICS, LogConfig, MetricsLog
 from fastformer.train.optimiser import make_optimiser
@@ -28,7 +36,7 @@ from fastformer.train.progress import ProgressLine, clock
 from fastformer.train.session import BadSteps, Session
 from fastformer.train.setup import Run
 from fastformer.train.state import TrainState, abstract_state, initial_state
-from fastformer.train.step import compile_all
+from fastformer.train.step import compile_all, part_read
 from fastformer.train.stop import Stop
 from fastformer.train.times import Times
 
@@ -116,7 +124,7 @@ def _train(run: Run, tx: Any, schedule: Any, stop: Stop) -> None:
                 checkpoints=checkpoints,
                 log=log,
                 line=line,
-                evaluate=make_evaluate(run),
+                evaluate=make_evaluate(run, stop.agreed),
                 iterator=iterator,
                 state=state,
                 step=step,
@@ -126,6 +134,7 @@ def _train(run: Run, tx: Any, schedule: Any, stop: Stop) -> None:
                 trace=Trace(section(LogConfig, run.config, "log"), run.workdir),
                 rollbacks=restored.progress["rollbacks"] if restored else [],
                 first=step,
+                owed=bool(restored and restored.progress.get("owed")),
             )
             # From here on nothing is left that a mistake in the configuration could stop.
             setup.keep_config(run.config, run.workdir)
@@ -150,17 +159,19 @@ def _first(run: Run, tx: Any, abstract: TrainState, line: ProgressLine) -> Train
 
 
 def _check_same_run(run: Run, restored: Restored | None) -> None:
-    if restored and restored.progress["config_sha256"] != configuration.sha256(run.config):
+    if restored and restored.progress["config_sha256"] != _sha256(run):
         raise UserError(
             f"--workdir: checkpoint {restored.step} in {run.workdir} is of another configuration than "
             "config.json there; choose another --workdir"
         )
 
 
+def _sha256(run: Run) -> str:
+    return configuration.sha256(setup.bound(run.config, run.workdir))
+
+
 def _iterator(run: Run, state: Any) -> Any:
-    iterator = run.data.train_iterator(
-        run.config.train.batch, run.config.seed, jax.process_index(), jax.process_count()
-    )
+    iterator = run.data.train_iterator(run.config.train.batch, run.config.seed, *part_read(run))
     if state is not None:
         iterator.set_state(state)
     return iterator
@@ -173,6 +184,10 @@ def _best(restored: Restored | None) -> tuple[int, float] | None:
 def _reach_the_end(s: Session, abstract: TrainState) -> bool:
     """Train to the last step; return False if asked to stop before."""
     s.stop.at_once = False
+    _evaluate_if_due(s)
+    if s.owed:
+        s.line.say(f"stopped at step {s.step}; the same command goes on from there")
+        return False
     while s.step < s.run.config.train.steps:
         try:
             if not _advance(s):
@@ -189,7 +204,8 @@ def _advance(s: Session) -> bool:
     s.advance()
     last = s.step == config.train.steps
     every = config.evaluate.every
-    better = _evaluate(s) if every and (last or s.step % every == 0) else False
+    s.owed = bool(every) and (last or s.step % every == 0)
+    better = _evaluate_if_due(s)
     stopping = s.stop.agreed()
     if better or last or stopping or s.step % config.checkpoint.every == 0:
         s.look(all_of_them=True)
@@ -228,6 +244,21 @@ def _go_back(s: Session, abstract: TrainState, bad: BadSteps) -> None:
     s.mark()
 
 
+def _evaluate_if_due(s: Session) -> bool:
+    """Make the evaluation that is owed, and return whether this is the best so far.
+
+    Who asks to stop may not have the time for it: then it is made when the run goes on.
+    """
+    if not s.owed or s.stop.agreed():
+        return False
+    try:
+        better = _evaluate(s)
+    except BrokenOff:
+        return False
+    s.owed = False
+    return better
+
+
 def _evaluate(s: Session) -> bool:
     """Evaluate; return whether this is the best so far."""
     with s.pause():
@@ -250,9 +281,8 @@ def _write_heldout(s: Session, found: Evaluation) -> None:
 def _save(s: Session, wait: bool) -> None:
     with s.pause():
         s.log.sync()
-        sha256 = configuration.sha256(s.run.config)
-        progress = {"best": s.best, "times": vars(s.times), "config_sha256": sha256}
-        progress["rollbacks"] = s.rollbacks
+        progress = {"best": s.best, "times": vars(s.times), "config_sha256": _sha256(s.run)}
+        progress |= {"rollbacks": s.rollbacks, "owed": s.owed}
         s.checkpoints.save(s.state, s.iterator.get_state(), progress, s.best[0] if s.best else None)
         if wait:
             s.checkpoints.wait()

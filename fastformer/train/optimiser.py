@@ -69,7 +69,8 @@ def lion(config: OptimiserConfig) -> optax.GradientTransformation:
 def adafactor(config: OptimiserConfig) -> optax.GradientTransformation:
     """Return Adafactor's direction (Shazeer & Stern 2018, 1804.04235, algorithm 4).
 
-    The second moment of a matrix of 128 or more rows and columns is kept as a row and a column;
+    The second moment of a matrix of 128 or more rows and columns is kept as a row and a column (attention's
+    projections have three axes, width, heads and their width, and stay whole where that is below 128);
     its decay rises as 1 - t^-0.8 up to ``b2`` (Zhai et al. 2021, 2106.04560, section 3.4). ``b1``
     is the decay of a first moment, which makes it larger; 0 is none, as published.
     """

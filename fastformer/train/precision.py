@@ -17,7 +17,7 @@ from fastformer.core.errors import FieldError, lookup, require
 from fastformer.train.setup import Run
 
 # The linear maps of every block; not what attention multiplies, nor embedding and head.
-LINEAR_MAPS = r".*/(mlp|mixer)/[^/]+"
+LINEAR_MAPS = r".*/(mlp|mixer|cross)/[^/]+"
 
 
 def phases(config: ConfigDict) -> tuple[tuple[str, float], ...]:

@@ -56,6 +56,7 @@ class Session:
       pending: (step, metrics, state of the data iterator) of steps that the host has not looked at yet.
       gauge, trace: what speed is measured against (none in a run of no steps), and the profiler.
       first: the step that this process went on from.
+      owed: the evaluation that is due at this step was not made, for it was to stop.
       marked: (step, seconds stepping, seconds waiting) of the last line written.
       streak: steps skipped in a row up to the last that was looked at.
       rollbacks: ``{"from": step, "to": step}`` of each time that the run went back.
@@ -79,6 +80,7 @@ class Session:
     last: tuple[int, Evaluation] | None = None
     pending: collections.deque = field(default_factory=collections.deque)
     first: int = 0
+    owed: bool = False
     marked: tuple[int, float, float] = (0, 0.0, 0.0)
     streak: int = 0
     rollbacks: list[dict[str, int]] = field(default_factory=list)
@@ -94,10 +96,12 @@ class Session:
     def pause(self) -> Iterator[None]:
         """Count the time within it as none of training's own, once all that was started has ended."""
         self.look(all_of_them=True)
-        yield
-        now = time.perf_counter()
-        self.times.run += now - self._tick
-        self._tick = now
+        try:
+            yield
+        finally:
+            now = time.perf_counter()
+            self.times.run += now - self._tick
+            self._tick = now
 
     def count(self) -> None:
         """Add the time since the last call to both clocks."""

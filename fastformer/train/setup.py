@@ -27,6 +27,8 @@ from fastformer.data.pipeline import RECORD
 from fastformer.data.tokenisers import FILE as TOKENISER
 
 LOCK = ".lock"
+# Keys that say where a run is made and what it leaves behind, not what it comes to: it may go on with others.
+FREE = ("mesh.", "sharding.", "distributed.", "log.", "checkpoint.", "data.directory")
 
 
 @dataclass(frozen=True)
@@ -170,8 +172,8 @@ def open_workdir(config: ConfigDict, workdir: Path | str) -> Path:
         raise UserError(
             f"--workdir: {workdir} cannot be written: {error.strerror}; choose another"
         ) from error
-    old = read_config(workdir) if (workdir / CONFIG).exists() else config
-    found = configuration.differences(old, config)
+    found = configuration.differences(bound(config, workdir), config)
+    found = [change for change in found if not change[0].startswith(FREE)]
     if found:
         listed = "; ".join(f"config.{key} was {a!r} and is {b!r}" for key, a, b in found[:3])
         more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
@@ -180,6 +182,11 @@ def open_workdir(config: ConfigDict, workdir: Path | str) -> Path:
             "choose another --workdir, or give the configuration it began with"
         )
     return workdir
+
+
+def bound(config: ConfigDict, workdir: Path) -> ConfigDict:
+    """Return the configuration that the workdir is bound to, ``config`` where there is none."""
+    return read_config(workdir) if (workdir / CONFIG).exists() else config
 
 
 def keep_config(config: ConfigDict, workdir: Path) -> None:

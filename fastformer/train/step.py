@@ -14,6 +14,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fastformer.core.dtypes import POLICIES, Policy
+from fastformer.core.errors import UserError
 from fastformer.core.mesh import batch_sharding
 from fastformer.report.cost import flops_of
 from fastformer.train.gradients import NOTHING, Batch, make_gradients
@@ -168,6 +169,27 @@ def abstract_batch(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
     example = next(run.data.heldout_batches(run.config.train.batch, limit=1))
     layout = batch_sharding(run.mesh, run.rules)
     return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout) for name, x in example.items()}
+
+
+def part_read(run: Run) -> tuple[int, int]:
+    """Return which part of each batch this process reads, of how many.
+
+    Processes whose devices lie along other axes of the mesh than those of rows read the same part.
+
+    Raises:
+      UserError: the rows of this process's devices are not one of equal parts.
+    """
+    batch = run.config.train.batch
+    spans = batch_sharding(run.mesh, run.rules).addressable_devices_indices_map((batch,)).values()
+    ends = {span.indices(batch)[:2] for (span,) in spans}
+    first, last = min(start for start, _ in ends), max(end for _, end in ends)
+    size = last - first
+    if sum(end - start for start, end in ends) != size or first % size or batch % size:
+        raise UserError(
+            "config.mesh: the devices of a process must hold rows that follow one another; choose data and "
+            "fsdp that the devices of a process divide, or that divide them"
+        )
+    return first // size, batch // size
 
 
 def put_batch(run: Run, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
