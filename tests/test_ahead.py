@@ -171,12 +171,12 @@ def test_what_the_compiler_has_no_room_for_does_not_fit():
         ahead_of_time._needed(RuntimeError("another"))
 
 
-@needs_libtpu
-def test_of_a_plan_the_precision_that_needs_most_is_told(tmp_path):
-    plan = ("bfloat16", 1), ("float32", 1)
-    found = compile_for(ahead(tmp_path, **{"train.precision": plan, "data.length": 64}), "v5e:2x2")
-    alone = compile_for(ahead(tmp_path, **{"data.length": 64}), "v5e:2x2")
-    assert (found["precision"], found["peak"]) == ("float32", alone["peak"])
+def test_of_a_plan_the_precision_that_needs_most_is_told(tmp_path, monkeypatch):
+    peaks = {"fp8": 2, "float32": 3, "bfloat16": 1}
+    monkeypatch.setattr(ahead_of_time, "_compile", lambda config, topology, policy: {"peak": peaks[policy]})
+    plan = tuple((policy, 1) for policy in peaks)
+    assert compile_for(ahead(tmp_path, **{"train.precision": plan}), "v5e:2x2") == {"peak": 3}
+    assert compile_for(ahead(tmp_path, **{"model.dtype": "bfloat16"}), "v5e:2x2") == {"peak": 1}
 
 
 def test_what_does_not_fit_says_what_helps():
