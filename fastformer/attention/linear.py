@@ -14,7 +14,7 @@ from fastformer.core.errors import lookup
 from fastformer.core.layers import zero_padding
 from fastformer.core.seq import Seq
 
-# phi by name; each is positive, so that the normaliser is.
+# phi by name; each is positive, so that the normaliser is (but for float32: below -17 elu(x) + 1 is 0).
 FEATURE_MAPS = {
     "elu_plus_one": lambda x: jax.nn.elu(x) + 1.0,  # 2006.16236, eq. 7
 }

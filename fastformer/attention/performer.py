@@ -83,6 +83,8 @@ def forward(
     ``w k' - |k'|² / 2`` is at most ``|w|² / 2``, of which what is above LARGEST moves from the keys to the
     queries, and a query's own largest feature cancels in the average. No more than LARGEST moves, or keys of
     heads wider than 250 would be nothing; there a key that is all but a random vector is cut to exp(LARGEST).
+    Of keys so large that ``|k'|² / 2`` underflows in all features nothing is left, and a query of such keys
+    alone is answered with 0: normalise them (``qk_norm``).
     """
     batch, time, heads, width = q_BTHK.shape
     groups = projection_GRK.shape[0]

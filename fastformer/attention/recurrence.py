@@ -8,7 +8,9 @@ Without ``read`` r and ``erase`` b it is linear attention with decay; a delta ru
 to overwrite. Within a chunk the sums over the past are products of matrices (Yang et al. 2023, 2312.06635,
 section 4), and what the tokens of a chunk read of each other is one triangular system, the WY form of
 products of Householder matrices (Yang et al. 2024, 2406.06484, section 3). Decays stay in log space and
-only exponentials of sums that are not positive are taken, so that 1e-6 and 1 are equally exact.
+only exponentials of sums that are not positive are taken. (Some of these sums are differences of longer
+ones, and lose what follows decays much below 1e-6 in the same chunk: 2e-4 of the outputs after 40 tokens of
+exp(-100).)
 """
 
 from __future__ import annotations
@@ -271,9 +273,10 @@ def unit_inverse(lower: jax.Array) -> jax.Array:
     """Return ``(I + lower)^-1`` of strictly lower triangular matrices […, C, C], by halves.
 
     The inverse of [[A, 0], [L, B]] has ``-B^-1 L A^-1`` below its diagonal blocks, so that log2 C products
-    of blocks twice as large each find all of them: as exact as substitution, without its C steps. (XLA's own
-    triangular_solve is slow on accelerators, and jaxlib 0.10.2's on CPU waits for ever where as many of them
-    as there are cores run at once.)
+    of blocks twice as large each find all of them, without the C steps of substitution; what it misses of
+    ``(I + lower) X = I`` is 16 to 40 times as much, 4e-5 where keys are nearly equal at strength 2. (XLA's
+    own triangular_solve is slow on accelerators, and jaxlib 0.10.2's on CPU waits for ever where as many of
+    them as there are cores run at once.)
     """
     size = lower.shape[-1]
     padding = [(0, 0)] * (lower.ndim - 2) + [(0, (1 << (size - 1).bit_length()) - size)] * 2
