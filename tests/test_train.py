@@ -28,7 +28,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from fastformer.core import config as configuration
 from fastformer.core.errors import UserError, explain
 from fastformer.core.mesh import use
-from fastformer.core.signals import Ended, asking
 from fastformer.core.trees import count, paths
 from fastformer.train import loop, session, setup
 from fastformer.train.evaluate import evaluate
@@ -37,7 +36,6 @@ from fastformer.train.logging import MetricsLog
 from fastformer.train.optimiser import make_optimiser
 from fastformer.train.state import abstract_params
 from fastformer.train.step import CompiledStep
-from fastformer.train.stop import Stop
 
 DEVICES = jax.devices()[:1]
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -232,27 +230,6 @@ def test_it_goes_on_with_another_mesh(folder, tmp_path):
     assert len(one) == len(two) and one[:7] == two[:7]
     np.testing.assert_allclose([x["loss"] for x in two], [x["loss"] for x in one], rtol=1e-4)
     loop.train(configured(folder, **settings), tmp_path / "two", DEVICES)  # is finished, whatever the mesh
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_signals_end_at_once_only_what_has_nothing_to_save(number, request):
-    given, before = signal.getsignal(number), signal.default_int_handler
-    request.addfinalizer(lambda: signal.signal(number, given))
-    signal.signal(number, before)  # under nohup these tests are given a SIGHUP that is ignored
-    with Stop() as stop:
-        stop.at_once = False
-        signal.raise_signal(number)
-        signal.raise_signal(number)
-        assert stop.asked and stop.agreed()
-        stop.at_once = True
-        with pytest.raises(Ended):
-            signal.raise_signal(number)
-    assert signal.getsignal(number) is before
-
-
-def test_a_closed_terminal_is_ignored_where_nohup_says_so(monkeypatch):
-    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_IGN)
-    assert signal.SIGHUP not in asking()
 
 
 def test_killed_inside_a_save_it_goes_on_to_the_same_losses(capfd):
