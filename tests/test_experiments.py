@@ -358,6 +358,8 @@ def test_a_run_that_leaves_no_result_is_a_failure(place, capfd):
         ("SEEDS = (0, 1)", "SEEDS = 5", "SEEDS, 5, is not allowed; it must be as (1, 2, 3)"),
         ("SEEDS = (0, 1)", "SEEDS = ([1],)", "SEEDS: [1] is not allowed; it must be a whole number"),
         ("SEEDS = (0, 1)", "SEEDS = (0, 1)\nARMS = ['low']", "ARMS, ['low'], is not allowed"),
+        ("SEEDS = (0, 1)", "SEEDS = (-1,)", "SEEDS: -1 is not allowed"),
+        ("SEEDS = (0, 1)", "SEEDS = (0, 1)\nARMS = None", "ARMS, None, is not allowed"),
         ("SEEDS = (0, 1)", "SEEDS = (0, 1)\nARMS = {1: 'a'}", "1 is not allowed; a name has letters"),
         ("SEEDS = (0, 1)", "SEEDS = (0, 1)\nQUALITY = 5", "QUALITY, 5, is not allowed"),
         ("def get_config", "SMOKE = [1]\ndef get_config", "SMOKE, [1], is not allowed"),
@@ -382,19 +384,3 @@ def test_an_unknown_folder_names_the_nearest(place):
         experiment.run_experiment("experiments/rate", False, Path("launch.py"))
     with pytest.raises(UserError, match="experiments: experiments/rates"):
         experiment.run_experiment("nowhere", True, Path("launch.py"))
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        b'{"arm": "low"}', b"[]", b"\xff", b"[" * 100_000,
-        b'{"arm":[1],"seed":0,"config_sha256":"x","metrics":{}}',
-        b'{"arm":"low","seed":0,"config_sha256":"x","metrics":{},"config":[1]}',
-        b'{"arm":"low","seed":0,"config_sha256":"x","metrics":{"quality.bits_per_byte":"x"}}',
-    ],
-)  # fmt: skip
-def test_a_line_that_is_no_result_is_told(place, line):
-    (place / "experiments/rates/results.jsonl").write_bytes(line + b"\n")
-    what = ": is no text in UTF-8" if line == b"\xff" else ", line 1: is not a result"
-    with pytest.raises(UserError, match=f"results.jsonl{what}"):
-        run()

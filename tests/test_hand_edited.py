@@ -11,6 +11,7 @@ import tiny
 
 from fastformer.core import config as configuration
 from fastformer.core.errors import UserError
+from fastformer.report import folder as folders
 from fastformer.report.run_report import read_metrics, read_result
 from fastformer.train import loop, modes
 from fastformer.train.logging import MetricsLog
@@ -139,3 +140,20 @@ def test_without_its_checkpoints_a_run_starts_anew(run, folder, capsys):
     assert "from the start" in capsys.readouterr().out
     assert read_result(run)["quality"] == right["quality"]
     assert configuration.sha256(tiny.configured(folder)) == read_result(run)["config_sha256"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"arm": "low"}', b"[]", b"\xff", b"[" * 100_000,
+        b'{"arm":[1],"seed":0,"config_sha256":"x","metrics":{}}',
+        b'{"arm":"low","seed":0,"config_sha256":"x","metrics":{},"config":[1]}',
+        b'{"arm":"low","seed":0,"config_sha256":"x","metrics":{"quality.bits_per_byte":"x"}}',
+    ],
+)  # fmt: skip
+def test_a_line_of_an_experiment_that_is_no_result_is_told(tmp_path, line):
+    path = tmp_path / "results.jsonl"
+    path.write_bytes(line + b"\n")
+    what = ": is no text in UTF-8" if line == b"\xff" else ", line 1: is not a result"
+    with pytest.raises(UserError, match=f"results.jsonl{what}"):
+        folders.read_rows(path)

@@ -24,7 +24,8 @@ BASE = "--config=configs/base.py"
 @pytest.fixture(autouse=True)
 def at_the_root(monkeypatch):
     monkeypatch.chdir(ROOT)
-    before = {number: signal.getsignal(number) for number in asking()}
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # which launch.main sets, as it does these
+    before = {number: signal.getsignal(number) for number in (*asking(), signal.SIGALRM)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

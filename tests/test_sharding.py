@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
+
 import jax
+import kill_and_resume
 import numpy as np
 import pytest
-from tiny import tiny_config
+from tiny import configured, tiny_config
 
 from fastformer.core.config import set_key
 from fastformer.core.errors import UserError
 from fastformer.core.mesh import use
 from fastformer.core.trees import paths
+from fastformer.train import loop
 from fastformer.train.evaluate import make_evaluate
 from fastformer.train.optimiser import make_optimiser
 from fastformer.train.setup import build_run
@@ -104,3 +108,21 @@ def test_sizes_that_do_not_split(tmp_path, settings, message):
         set_key(config, key, value)
     with pytest.raises(UserError, match=message):
         build_run(config, tmp_path)
+
+
+def test_it_goes_on_with_another_mesh(tmp_path):
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    settings = {"checkpoint__every": 6}
+    loop.train(configured(folder, **settings), tmp_path / "one", jax.devices()[:1])
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    for name in ("checkpoints/12", "result.json"):
+        path = tmp_path / "two" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    other = settings | {"mesh__data": 1, "mesh__fsdp": 2, "checkpoint__keep": 5}
+    loop.train(configured(folder, **other), tmp_path / "two", jax.devices()[:2])
+    one, two = (kill_and_resume.losses(tmp_path / name) for name in ("one", "two"))
+    assert len(one) == len(two) and one[:7] == two[:7]
+    np.testing.assert_allclose([x["loss"] for x in two], [x["loss"] for x in one], rtol=1e-4)
+    # It is finished, whatever the mesh.
+    loop.train(configured(folder, **settings), tmp_path / "two", jax.devices()[:1])

@@ -9,7 +9,6 @@ import json
 import multiprocessing
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -217,19 +216,21 @@ def test_asked_to_stop_where_it_evaluates_it_saves_first(folder, straight, tmp_p
     assert kill_and_resume.losses(tmp_path) == kill_and_resume.losses(straight)
 
 
-def test_it_goes_on_with_another_mesh(folder, tmp_path):
-    settings = {"model__dropout": 0.0, "checkpoint__every": 6}
-    loop.train(configured(folder, **settings), tmp_path / "one", DEVICES)
-    shutil.copytree(tmp_path / "one", tmp_path / "two")
-    for name in ("checkpoints/12", "result.json"):
-        path = tmp_path / "two" / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    other = settings | {"mesh__data": 1, "mesh__fsdp": 2, "checkpoint__keep": 5}
-    loop.train(configured(folder, **other), tmp_path / "two", jax.devices()[:2])
-    one, two = (kill_and_resume.losses(tmp_path / name) for name in ("one", "two"))
-    assert len(one) == len(two) and one[:7] == two[:7]
-    np.testing.assert_allclose([x["loss"] for x in two], [x["loss"] for x in one], rtol=1e-4)
-    loop.train(configured(folder, **settings), tmp_path / "two", DEVICES)  # is finished, whatever the mesh
+def test_asked_to_stop_in_the_last_save_it_ends_well(folder, straight, tmp_path, monkeypatch, capfd):
+    save = loop._save
+
+    def interrupting(s, wait):
+        save(s, wait)
+        if s.step == 12:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(loop, "_save", interrupting)
+    loop.train(configured(folder), tmp_path, DEVICES)
+    monkeypatch.undo()
+    assert "stopped at step 12, which is saved" in capfd.readouterr().out
+    assert not (tmp_path / "result.json").exists()
+    loop.train(configured(folder), tmp_path, DEVICES)
+    assert kill_and_resume.losses(tmp_path) == kill_and_resume.losses(straight)
 
 
 def test_killed_inside_a_save_it_goes_on_to_the_same_losses(capfd):

@@ -15,7 +15,7 @@ from qwix import QArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from fastformer.core.errors import UserError
+from fastformer.core.errors import MALFORMED, UserError
 
 WEIGHTS = "weights.safetensors"  # its name in a workdir
 # Under this key of the file's metadata: how the arrays are written that do not stand in it as they are.
@@ -61,7 +61,7 @@ def load(path: Any) -> dict[str, np.ndarray]:
                 how = described.get(name)
                 arrays[name] = _restored(array, found.get(name + BITMAP), how) if how else array
         return arrays
-    except (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, SafetensorError, *MALFORMED) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"--workdir: {path} cannot be read ({reason}); restore it from a copy") from error
 

@@ -32,7 +32,7 @@ class DistributedConfig:
         require(self.restarts >= 0, "restarts", self.restarts, "0 or more")
         good = 0 <= self.index < self.processes
         require(good, "index", self.index, f"from 0 to {self.processes - 1}, another in each process")
-        host, _, port = self.coordinator.rpartition(":")
+        port = self.coordinator.rpartition(":")[2]
         named = self.coordinator in ("", "auto") or bool(re.fullmatch(r"\d{1,5}", port)) and int(port) < 2**16
         require(named, "coordinator", self.coordinator, "host:port, auto, or empty")
         for setting in self.slurm:

@@ -16,6 +16,8 @@ TOO_LARGE = (
 )
 FULL = errno.ENOSPC, errno.EDQUOT
 BROKEN = errno.EROFS, errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM
+# What reading raises where a text is no JSON, or JSON of another shape.
+MALFORMED = ValueError, LookupError, TypeError, AttributeError, RecursionError
 GOES_ON = "the same command then goes on from the last checkpoint"
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from fastformer.core.errors import UserError
+from fastformer.core.errors import MALFORMED, UserError
 from fastformer.data.corpus import Corpus
 from fastformer.data.splits import HELD_OUT, digest
 
@@ -81,7 +81,7 @@ def _described(file: Path) -> tuple[dict, dict[str, int]]:
         info = json.loads(file.read_text())
         splits = info.get("splits", [])
         return info, {split["name"]: sum(map(int, split.get("shardLengths", []))) for split in splits}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, *MALFORMED) as error:
         reason = f"{type(error).__name__}: {error}"[:100]
         raise UserError(f"{FIELD}: {file} is not as TFDS writes it ({reason}); prepare it anew") from error
 

@@ -18,7 +18,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from fastformer.core import config as configuration
-from fastformer.core.errors import UserError, nearest
+from fastformer.core.errors import MALFORMED, UserError, nearest
 from fastformer.report import claims
 
 DOCSTRING_PARTS = ("Question", "Command", "Hardware", "Minutes", "Expectation", "Source")
@@ -161,7 +161,7 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
             whole = isinstance(row["arm"], str) and isinstance(row["seed"], int)
             whole = whole and isinstance(row["config_sha256"], str) and isinstance(made_with, dict)
             whole = whole and all(isinstance(value, (int, float)) for value in numbers)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except MALFORMED:
             whole = False
         if not whole:
             raise UserError(f"{file}, line {number}: is not a result; mend or remove it")

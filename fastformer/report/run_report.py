@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastformer.core import config as configuration
-from fastformer.core.errors import UserError
+from fastformer.core.errors import MALFORMED, UserError
 from fastformer.report import plots, tables
 
 RESULT, METRICS, REPORT, PICTURE = "result.json", "metrics.jsonl", "report.md", "loss.png"
@@ -68,7 +68,7 @@ def read_result(workdir: Path) -> dict[str, Any]:
         numbers += [value for name in MEASURES if (value := found.get(name)) is not None]
         whole = all(map(_is_number, [found["step"], *numbers]))
         return found if whole and all(isinstance(text, str) for text in found.get("samples", ())) else {}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except (OSError, *MALFORMED):
         return {}
 
 
@@ -80,7 +80,7 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
             line = json.loads(text)
             whole = isinstance(line["step"], int) and isinstance(line["split"], str)
             whole = whole and all(_is_number(value) for name, value in line.items() if name != "split")
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        except MALFORMED:
             whole = False
         found += [line] if whole else []
     return found

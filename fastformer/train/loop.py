@@ -102,7 +102,8 @@ def _train(run: Run, tx: Any, schedule: Any, stop: Stop) -> None:
     with contextlib.closing(checkpoints):
         restored = checkpoints.restore_latest(abstract)
         step = restored.step if restored else 0
-        _check_same_run(run, restored)
+        sha256 = configuration.sha256(setup.bound(run.config, run.workdir))
+        _check_same_run(run, restored, sha256)
         with (
             contextlib.closing(MetricsLog(run.workdir, step)) as log,
             ProgressLine(run.config.train.steps, step) as line,
@@ -134,6 +135,7 @@ def _train(run: Run, tx: Any, schedule: Any, stop: Stop) -> None:
                 trace=Trace(section(LogConfig, run.config, "log"), run.workdir),
                 rollbacks=restored.progress["rollbacks"] if restored else [],
                 first=step,
+                config_sha256=sha256,
                 owed=bool(restored and restored.progress.get("owed")),
             )
             # From here on nothing is left that a mistake in the configuration could stop.
@@ -158,16 +160,12 @@ def _first(run: Run, tx: Any, abstract: TrainState, line: ProgressLine) -> Train
     return state
 
 
-def _check_same_run(run: Run, restored: Restored | None) -> None:
-    if restored and restored.progress["config_sha256"] != _sha256(run):
+def _check_same_run(run: Run, restored: Restored | None, sha256: str) -> None:
+    if restored and restored.progress["config_sha256"] != sha256:
         raise UserError(
             f"--workdir: checkpoint {restored.step} in {run.workdir} is of another configuration than "
             "config.json there; choose another --workdir"
         )
-
-
-def _sha256(run: Run) -> str:
-    return configuration.sha256(setup.bound(run.config, run.workdir))
 
 
 def _iterator(run: Run, state: Any) -> Any:
@@ -185,8 +183,7 @@ def _reach_the_end(s: Session, abstract: TrainState) -> bool:
     """Train to the last step; return False if asked to stop before."""
     s.stop.at_once = False
     _evaluate_if_due(s)
-    if s.owed:
-        s.line.say(f"stopped at step {s.step}; the same command goes on from there")
+    if s.owed and _stopped(s):
         return False
     while s.step < s.run.config.train.steps:
         try:
@@ -195,7 +192,15 @@ def _reach_the_end(s: Session, abstract: TrainState) -> bool:
         except BadSteps as bad:
             _go_back(s, abstract, bad)
     s.stop.at_once = True  # all that is left can be done again from the last checkpoint
-    return True
+    return not _stopped(s)
+
+
+def _stopped(s: Session) -> bool:
+    """Return, and say, whether a signal came since the step was saved."""
+    asked = s.stop.agreed()
+    if asked:
+        s.line.say(f"stopped at step {s.step}, which is saved; the same command goes on from there")
+    return asked
 
 
 def _advance(s: Session) -> bool:
@@ -281,7 +286,7 @@ def _write_heldout(s: Session, found: Evaluation) -> None:
 def _save(s: Session, wait: bool) -> None:
     with s.pause():
         s.log.sync()
-        progress = {"best": s.best, "times": vars(s.times), "config_sha256": _sha256(s.run)}
+        progress = {"best": s.best, "times": vars(s.times), "config_sha256": s.config_sha256}
         progress |= {"rollbacks": s.rollbacks, "owed": s.owed}
         s.checkpoints.save(s.state, s.iterator.get_state(), progress, s.best[0] if s.best else None)
         if wait:

@@ -27,10 +27,8 @@ def phases(config: ConfigDict) -> tuple[tuple[str, float], ...]:
       FieldError: an unknown policy, or a share that is not above 0.
     """
     found = tuple(config.train.precision) or ((config.model.dtype, 1.0),)
-    if not config.train.precision:
-        lookup(POLICIES, config.model.dtype, "config.model.dtype")
     for index, phase in enumerate(found):
-        field = f"config.train.precision[{index}]"
+        field = f"config.train.precision[{index}]" if config.train.precision else "config.model.dtype"
         if not isinstance(phase, (tuple, list)) or len(phase) != 2:
             raise FieldError(field, f"{phase!r} is not (policy, share)")
         lookup(POLICIES, phase[0], field)

@@ -56,6 +56,7 @@ class Session:
       pending: (step, metrics, state of the data iterator) of steps that the host has not looked at yet.
       gauge, trace: what speed is measured against (none in a run of no steps), and the profiler.
       first: the step that this process went on from.
+      config_sha256: of the configuration that the workdir is bound to.
       owed: the evaluation that is due at this step was not made, for it was to stop.
       marked: (step, seconds stepping, seconds waiting) of the last line written.
       streak: steps skipped in a row up to the last that was looked at.
@@ -77,6 +78,7 @@ class Session:
     times: Times
     gauge: Gauge | None
     trace: Trace
+    config_sha256: str
     last: tuple[int, Evaluation] | None = None
     pending: collections.deque = field(default_factory=collections.deque)
     first: int = 0
