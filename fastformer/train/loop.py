@@ -252,9 +252,9 @@ def _go_back(s: Session, abstract: TrainState, bad: BadSteps) -> None:
 def _evaluate_if_due(s: Session) -> bool:
     """Make the evaluation that is owed, and return whether this is the best so far.
 
-    Who asks to stop may not have the time for it: then it is made when the run goes on.
+    It breaks off when asked to stop, for which there may not be so much time, and is made when the run goes on.
     """
-    if not s.owed or s.stop.agreed():
+    if not s.owed:
         return False
     try:
         better = _evaluate(s)
