@@ -252,7 +252,7 @@ def _go_back(s: Session, abstract: TrainState, bad: BadSteps) -> None:
 def _evaluate_if_due(s: Session) -> bool:
     """Make the evaluation that is owed, and return whether this is the best so far.
 
-    It breaks off when asked to stop, for which there may not be so much time, and is made when the run goes on.
+    Asked to stop it breaks off, for there may not be the time, and is made when the run goes on.
     """
     if not s.owed:
         return False
