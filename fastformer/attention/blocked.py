@@ -306,7 +306,7 @@ def _gradients(plan, saved, cotangents):
         return (*sums, _put(dv_N, j, _take(dv_N, j) + dv), dfades), None
 
     start = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q_NBGRK, k_NBGCK, v_NBGCP))
-    none = None if fades is None else tuple(jnp.zeros_like(fade.fine_BTH) for fade in fades)
+    none = None if fades is None else tuple(jnp.zeros_like(fade.fine) for fade in fades)
     (dq, dk, dv, dfades), _ = jax.lax.scan(visit, (*start, none), _pair_arrays(plan))
     return (dq, dk, dv), dfades
 

@@ -17,8 +17,6 @@ from fastformer.attention.softmax import seen, slot_scores, slot_values
 from fastformer.core.layers import Linear, zero_padding
 from fastformer.core.seq import Seq
 
-GRAIN = 64.0  # Fade.coarse counts in 1 / GRAIN
-
 
 class ForgettingState(NamedTuple):
     """A cache of keys and values, and of what was forgotten up to each; 8 B S H + 8 B H bytes besides.
@@ -98,9 +96,7 @@ def forward(
 
 def running(log_BTH: jax.Array, seq: Seq, start: Fade) -> Fade:
     """Return the sums of the logs up to each token, after ``start``; padding adds nothing."""
-    log_BTH = zero_padding(log_BTH, seq)
-    coarse_BTH = jax.lax.stop_gradient(jnp.round(log_BTH * GRAIN) / GRAIN)
-    return Fade(*(jnp.cumsum(x, axis=1) + s for x, s in zip((coarse_BTH, log_BTH - coarse_BTH), start)))
+    return jax.tree.map(jnp.add, Fade.of(zero_padding(log_BTH, seq)), start)
 
 
 def decode(q_B1HK: jax.Array, state: ForgettingState, seq: Seq, bend: Bend) -> jax.Array:

@@ -7,10 +7,9 @@ All of them keep a memory M of shape [K, P] a head and differ in what a token do
 Without ``read`` r and ``erase`` b it is linear attention with decay; a delta rule reads what it is about
 to overwrite. Within a chunk the sums over the past are products of matrices (Yang et al. 2023, 2312.06635,
 section 4), and what the tokens of a chunk read of each other is one triangular system, the WY form of
-products of Householder matrices (Yang et al. 2024, 2406.06484, section 3). Decays stay in log space and
-only exponentials of sums that are not positive are taken. (Some of these sums are differences of longer
-ones, and lose what follows decays much below 1e-6 in the same chunk: 2e-4 of the outputs after 40 tokens of
-exp(-100).)
+products of Householder matrices (Yang et al. 2024, 2406.06484, section 3). Decays stay in log space, only
+exponentials of sums that are not positive are taken, and the sum between two tokens is exact whatever came
+before them (``Fade``).
 """
 
 from __future__ import annotations
@@ -20,10 +19,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fastformer.attention.scores import Fade
 from fastformer.attention.time_shards import TimeShards, by_shard, time_shards
 from fastformer.core.layers import zero_padding
 from fastformer.core.seq import Seq
 
+LEAST = -128.0  # a decay's logarithm; float32 has nothing below exp(-104), and sums of 2,048 stay exact
 CHUNK = 64  # tokens, where a decay is one number a head
 EXACT = jax.lax.Precision.HIGHEST  # TPUs would round the operands to bfloat16
 CHANNEL_CHUNK = 16  # tokens, where it is one a channel: pairs of tokens then cost K exponentials
@@ -47,7 +48,8 @@ class Tokens(NamedTuple):
     Attributes:
       q_BTGMK: what is read for the output; M query heads share a memory.
       k_BTGK, v_BTGP: what is written.
-      log_BTGK: the decay's logarithm, at most 0; K is 1 where a head has one decay; None is no decay.
+      log_BTGK: the decay's logarithm, at most 0 (below -128 taken for -128); K is 1 where a head has one
+        decay; None is no decay.
       read_BTGK: r; None is none.
       erase_BTGK: b; None with ``read`` is -k: a delta rule, whose k carries its strength.
     """
@@ -162,8 +164,8 @@ def _through(transfer: jax.Array, memory: jax.Array) -> jax.Array:
 
 def _clean(tokens: Tokens, seq: Seq) -> Tokens:
     """Return the tokens in float32, with zeros at padding: it writes nothing and does not decay."""
-    if tokens.log_BTGK is None:
-        tokens = tokens._replace(log_BTGK=jnp.zeros((*seq.segment_BT.shape, 1, 1)))
+    log = jnp.zeros((*seq.segment_BT.shape, 1, 1)) if tokens.log_BTGK is None else tokens.log_BTGK
+    tokens = tokens._replace(log_BTGK=jnp.maximum(log, LEAST))
     return jax.tree.map(lambda x: zero_padding(x.astype(jnp.float32), seq), tokens)
 
 
@@ -221,46 +223,42 @@ def _chunk(memory: jax.Array, inputs: tuple) -> tuple[jax.Array, jax.Array]:
     past = (segment_BC == before_B[:, None]).astype(jnp.float32)[:, :, None, None]
     stays = (segment_BC == last_B[:, None]).astype(jnp.float32)[:, :, None, None]
     kept = (last_B == before_B).astype(jnp.float32)[:, None, None, None]
-    total = jnp.cumsum(log, axis=1)  # of decays, BCGK
-    end = total[:, -1:]
+    total = Fade.of(log)  # BCGK
+    end = jax.tree.map(lambda x: x[:, -1:], total)
     writes = [(k, v)]
     if read is not None:
-        unread = jnp.einsum("BCGK,BGKP->BCGP", read * jnp.exp(total - log) * past, memory)
-        to_k = _pairs(read[:, :, :, None], k, log, sees[1], earlier=True)[:, :, 0]
+        before = Fade.of(jnp.pad(log[:, :-1], [(0, 0), (1, 0), (0, 0), (0, 0)]))
+        unread = jnp.einsum("BCGK,BGKP->BCGP", read * jnp.exp(sum(before)) * past, memory)
+        to_k = _pairs(read[:, :, :, None], k, before, total, sees[1])[:, :, 0]
         if erase is None:
             # u_t = v_t - r_t^T M_{t-1}, where M holds the u of the tokens before.
             writes = [(k, _solve(to_k, v - unread))]
         else:
             # e_t = r_t^T M_{t-1}, where M holds k v and b e of the tokens before.
-            to_b = _pairs(read[:, :, :, None], erase, log, sees[1], earlier=True)[:, :, 0]
+            to_b = _pairs(read[:, :, :, None], erase, before, total, sees[1])[:, :, 0]
             read_k = unread + jnp.einsum("BGCS,BSGP->BCGP", to_k, v)
             writes.append((erase, _solve(-to_b, read_k)))
-    y = jnp.einsum("BCGMK,BGKP->BCGMP", q * (jnp.exp(total) * past)[:, :, :, None], memory)
-    memory = memory * kept * jnp.exp(end[:, 0])[..., None]
+    y = jnp.einsum("BCGMK,BGKP->BCGMP", q * (jnp.exp(sum(total)) * past)[:, :, :, None], memory)
+    memory = memory * kept * jnp.exp(sum(end)[:, 0])[..., None]
     for key, value in writes:
-        y += jnp.einsum("BGMCS,BSGP->BCGMP", _pairs(q, key, log, sees[0]), value)
-        memory += jnp.einsum("BCGK,BCGP->BGKP", key * jnp.exp(end - total) * stays, value)
+        y += jnp.einsum("BGMCS,BSGP->BCGMP", _pairs(q, key, total, total, sees[0]), value)
+        memory += jnp.einsum("BCGK,BCGP->BGKP", key * jnp.exp(end.since(total)) * stays, value)
     return memory, y
 
 
-def _pairs(q, k, log, sees_BCS, earlier: bool = False) -> jax.Array:
+def _pairs(q, k, q_total: Fade, k_total: Fade, sees_BCS) -> jax.Array:
     """Return ``sum_K q_t k_s exp(sum of log after s up to t)`` where t sees s, else 0, [B, G, M, C, S].
 
     Args:
-      earlier: the decay of t itself is left out.
+      q_total, k_total: sums of the decays up to each token, [B, C, G, K].
     """
-    if log.shape[-1] > 1:
-        total = jnp.cumsum(log, axis=1)
-        span = (total - log if earlier else total)[:, :, None] - total[:, None]
-        weight = jnp.exp(jnp.where(sees_BCS[..., None, None], span, -jnp.inf))
-        weighted_BCSGK = k[:, None] * weight
-        return jnp.einsum("BCGMK,BCSGK->BGMCS", q, weighted_BCSGK)
+    late = jax.tree.map(lambda x: x[:, :, None], q_total)
+    span_BCSGK = late.since(jax.tree.map(lambda x: x[:, None], k_total))
+    weight = jnp.exp(jnp.where(sees_BCS[..., None, None], span_BCSGK, -jnp.inf))
+    if weight.shape[-1] > 1:
+        return jnp.einsum("BCGMK,BCSGK->BGMCS", q, k[:, None] * weight)
     similar = jnp.einsum("BCGMK,BSGK->BGMCS", q, k)
-    # Summed between s and t alone: of many tokens, a difference of totals loses what follows a strong decay.
-    order = jnp.tril(jnp.ones(sees_BCS.shape[1:]), -1 if earlier else 0)
-    after_BGRS = log[..., 0].swapaxes(1, 2)[..., None] * jnp.tril(jnp.ones_like(order), -1)[None, None]
-    span = jnp.einsum("CR,BGRS->BGCS", order, after_BGRS, precision=EXACT)
-    return similar * jnp.exp(jnp.where(sees_BCS[:, None], span, -jnp.inf))[:, :, None]
+    return similar * jnp.moveaxis(weight[..., 0], -1, 1)[:, :, None]
 
 
 def _solve(lower_BGCS: jax.Array, right_BCGP: jax.Array) -> jax.Array:

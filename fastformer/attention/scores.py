@@ -12,6 +12,8 @@ import numpy as np
 from fastformer.core.layers import zero_padding
 from fastformer.core.seq import Seq
 
+GRAIN = 64.0  # Fade.coarse counts in 1 / GRAIN
+
 
 class Mask(NamedTuple):
     """Who sees whom within a segment.
@@ -66,15 +68,27 @@ class Bend(NamedTuple):
 
 
 class Fade(NamedTuple):
-    """Sums of the logarithms of forget gates from the row's start, whose difference biases a score.
+    """Sums of the logarithms of gates from the start, which tell exactly what lies between any two of them.
+
+    A difference of plain sums would lose what follows a strong gate: their digits.
 
     Attributes:
-      coarse_BTH: float32, of multiples of 1/64, so that sums and differences are exact up to 2^18.
-      fine_BTH: float32, of what is left, 1/128 at most a token; only this part has a gradient.
+      coarse: float32, of multiples of 1/64, so that sums and differences are exact up to 2^18.
+      fine: float32, of what is left, 1/128 at most a token; only this part has a gradient.
     """
 
-    coarse_BTH: jax.Array
-    fine_BTH: jax.Array
+    coarse: jax.Array
+    fine: jax.Array
+
+    @classmethod
+    def of(cls, log: jax.Array) -> Fade:
+        """Return the sums up to each token, itself included, of logarithms [B, T, …]."""
+        coarse = jax.lax.stop_gradient(jnp.round(log * GRAIN) / GRAIN)
+        return cls(*(jnp.cumsum(x, axis=1) for x in (coarse, log - coarse)))
+
+    def since(self, early: Fade) -> jax.Array:
+        """Return the sum of the logarithms after ``early``'s tokens up to these."""
+        return (self.coarse - early.coarse) + (self.fine - early.fine)
 
 
 def masked_softmax(scores: jax.Array, visible: jax.Array) -> jax.Array:
