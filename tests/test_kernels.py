@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fastformer.attention import based, cosformer, hedgehog, make, performer, random_features
+from fastformer.attention import based, cosformer, hedgehog, linear, make, performer, random_features
 from fastformer.attention.linear import average
 from fastformer.core.errors import FieldError
 from fastformer.core.seq import Seq, whole
@@ -59,6 +59,19 @@ def test_cosformer_weighs_by_the_cosine_of_the_distance(causal):
 
     got, _ = cosformer.forward(q, k, v, seq=whole(1, TIME), length=64, causal=causal)
     near(got, averaged(similar, q, k, v, causal))
+
+
+@pytest.mark.parametrize("shift", [0.0, -20.0, -40.0])
+def test_linear_is_its_feature_map_where_that_is_small(shift):
+    """Where exp(x) - 1 + 1 would leave nothing of exp(x)."""
+    q, k, v = parts()
+    q, k = q + shift / 2, k.at[:, 5:].add(shift)
+
+    def phi(x):
+        return np.where(x > 0, x + 1, np.exp(np.minimum(x, 0)))
+
+    got, _ = linear.forward(q, k, v, seq=whole(1, TIME))
+    near(got, averaged(lambda q, k, t, s, heads: phi(q) @ phi(k), q, k, v))
 
 
 def test_hedgehog_is_a_softmax_of_features():

@@ -52,6 +52,29 @@ def test_an_option_brings_its_parameters_or_is_said_to_do_nothing(name, option):
         assert found, f"{name} takes {option} and does nothing with it"
 
 
+@pytest.mark.parametrize(
+    "field, value, line",
+    [
+        ("kv_heads", 3, "kv_heads: 3 is not allowed; it must be a divisor of the 4 heads"),
+        ("kv_heads", -2, "kv_heads: -2 is not allowed"),
+        ("heads", 0, "heads: 0 is not allowed; it must be 1 or more"),
+        ("head_width", 0, "head_width: 0 is not allowed"),
+        ("soft_cap", -3.0, "soft_cap: -3.0 is not allowed; it must be above 0, or 0 for none"),
+        ("short_conv", -7, "short_conv: -7 is not allowed"),
+    ],
+)
+def test_impossible_shared_fields_are_refused(field, value, line):
+    with pytest.raises(FieldError) as caught:
+        mixer("softmax", **{field: value})
+    assert str(caught.value).startswith(line)
+
+
+def test_rotary_positions_of_an_odd_head_width_are_refused():
+    layer = mixer("softmax", head_width=7, positions="rope")
+    with pytest.raises(FieldError, match="positions: 'rope' is not allowed; .* as 7 is"):
+        layer.init(jax.random.key(0), jnp.zeros((1, 2, WIDTH)), whole(1, 2))
+
+
 @pytest.mark.parametrize("name", ["softmax", "longformer"])
 def test_a_short_convolution_before_attention_in_both_directions(name):
     """It looks back within a segment, whatever else stands in the row; of global projections too."""

@@ -211,7 +211,8 @@ class AFT(Mixer):
     AFT-full, whose biases reach over all pairs of tokens, costs O(T²) and is not here. A key/value head
     that query heads share gives them one context. In AFT-conv every key/value head has one bias an offset,
     two-sided in number even where attention is causal. Rotary positions rotate nothing here: there are no
-    products of queries and keys.
+    products of queries and keys. In "low_rank" a token at position ``length`` or later has the biases of
+    the last that training saw.
 
     Attributes:
       kind: a row of KINDS.

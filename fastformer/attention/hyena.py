@@ -191,7 +191,8 @@ class Hyena(Mixer):
     the first; but without biases in projections and short convolution, and with the features of distances
     fixed.
     There are no keys: ``kv_heads``, ``qk_norm`` and ``positions`` do nothing, and the channels of all heads
-    have filters of their own. Decoding is not its strength: a token costs O(S), and its filters anew.
+    have filters of their own. Decoding is not its strength: a token costs O(S), and its filters anew; of
+    more tokens than the state has slots, the further ones are not remembered.
 
     Attributes:
       depth: N, gates; N - 1 long convolutions.

@@ -14,9 +14,10 @@ from fastformer.core.errors import lookup
 from fastformer.core.layers import zero_padding
 from fastformer.core.seq import Seq
 
-# phi by name; each is positive, so that the normaliser is (but for float32: below -17 elu(x) + 1 is 0).
+# phi by name; each is positive, so that the normaliser is (in float32 down to x = -87).
 FEATURE_MAPS = {
-    "elu_plus_one": lambda x: jax.nn.elu(x) + 1.0,  # 2006.16236, eq. 7
+    # elu(x) + 1 (2006.16236, eq. 7), where elu's exp(x) - 1 would leave nothing of exp(x) below -17.
+    "elu_plus_one": lambda x: jnp.where(x > 0, x + 1.0, jnp.exp(jnp.minimum(x, 0.0))),
 }
 
 

@@ -14,6 +14,7 @@ from fastformer.attention.positions import alibi_slopes, rope
 from fastformer.attention.scores import Bend
 from fastformer.attention.short_conv import Past, ShortConv, empty_past
 from fastformer.core.alphabet import constrain
+from fastformer.core.errors import require
 from fastformer.core.layers import Linear, RMSNorm, zero_padding
 from fastformer.core.seq import Seq
 
@@ -101,6 +102,15 @@ class Mixer(nn.Module):
     layer: int = 0
     implementation: str = "auto"
     dtype: jnp.dtype = jnp.float32
+
+    def __post_init__(self):
+        for field in ("heads", "head_width"):
+            require(getattr(self, field) >= 1, field, getattr(self, field), "1 or more")
+        shared = self.kv_heads == 0 or self.kv_heads > 0 and self.heads % self.kv_heads == 0
+        require(shared, "kv_heads", self.kv_heads, f"a divisor of the {self.heads} heads, or 0 for as many")
+        require(self.soft_cap >= 0, "soft_cap", self.soft_cap, "above 0, or 0 for none")
+        require(self.short_conv >= -1, "short_conv", self.short_conv, "tokens, 0 (none) or -1 (as published)")
+        super().__post_init__()
 
     @property
     def groups(self) -> int:

@@ -6,15 +6,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fastformer.core.errors import require
+
 KINDS = ("rope", "alibi", "sinusoidal", "learned", "none")
 
 
 def rope(x_BTHK: jax.Array, position_BT: jax.Array, base: float) -> jax.Array:
     """Rotate the pairs (i, i + K/2) of each head by ``position * base^(-2i/K)`` radians.
 
-    K must be even. Su et al. 2021, RoFormer, 2104.09864, eq. 15 (half-split pairs).
+    Su et al. 2021, RoFormer, 2104.09864, eq. 15 (half-split pairs).
+
+    Raises:
+      FieldError: K is odd.
     """
-    half = x_BTHK.shape[-1] // 2
+    width = x_BTHK.shape[-1]
+    require(width % 2 == 0, "positions", "rope", f"another where a head's width is odd, as {width} is")
+    half = width // 2
     frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle = position_BT[:, :, None, None].astype(jnp.float32) * frequency.reshape(1, 1, 1, half)
     # Without the barrier XLA fuses the cosines into each use and computes them anew for every head.

@@ -99,6 +99,7 @@ class RWKV7(Recurrent):
         v_BTGP = self.linear("value", mixed("value"), "BTD,DGP->BTGP", self.groups, values)
         shape = (self.groups, keys)
         if self.conv_width:
+            convolved = convolved if self.conv_width > 1 else None  # of one token it needs no past
             (r_BTHK, k_BTGK, v_BTGP), convolved = self.convolve((r_BTHK, k_BTGK, v_BTGP), seqs[0], convolved)
             shifted = _joined(shifted, convolved)
         if self.qk_norm:
