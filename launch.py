@@ -35,6 +35,8 @@ def run(argv: Sequence[str]) -> int:
     elif mode in FROM_CONFIG or not flags.workdir:
         also = "" if mode in FROM_CONFIG else ", or --workdir=DIR of a run"
         raise UserError(f"--mode={mode}: needs --config=FILE, as in --config=configs/quickstart.py{also}")
+    alone = mode != "train" or flags.workdir or overrides or ":" in flags.config
+    then = {} if alone else configuration.followers(flags.config)
     workdir = Path(flags.workdir or f"runs/{config.name}")
     try:
         workdir.exists()
@@ -53,6 +55,8 @@ def run(argv: Sequence[str]) -> int:
     asked = {name: getattr(flags, name) for name in ASKED}
     asked |= {name: lines_of(getattr(flags, name) or []) for name in ("source", "sentence")}
     modes.MODES[mode](config, workdir, {name: texts for name, texts in asked.items() if texts})
+    if then:
+        modes.go_on(config, workdir, then)
     return 0
 
 

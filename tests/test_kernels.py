@@ -90,6 +90,28 @@ def test_hedgehog_is_a_softmax_of_features():
     near(got, averaged(similar, q, k, v))
 
 
+@pytest.mark.parametrize("scale", [1.0, 30.0, 100.0])
+@pytest.mark.parametrize("name", ["linear", "hedgehog", "cosformer", "based"])
+def test_gradients_of_large_inputs_are_finite_and_the_references(name, scale):
+    """Averages then divide by all but nothing."""
+    x = scale * jax.random.normal(jax.random.key(0), (2, 130, 16))
+    weight = jax.random.normal(jax.random.key(2), x.shape)
+
+    def pull(implementation):
+        mixer = make(name, {}, SHARED | {"length": 130, "implementation": implementation})
+        params = mixer.init(jax.random.key(1), x[:, :2], whole(2, 2))
+
+        def weighted(params):
+            y = mixer.apply(params, x, whole(2, 130))[0]
+            return jnp.sum(y * weight), y
+
+        return jax.tree.leaves(jax.jit(jax.grad(weighted, has_aux=True))(params))
+
+    for got, want in zip(pull("auto"), pull("reference"), strict=True):
+        assert np.isfinite(got).all()
+        near(got, want, 1e-4)
+
+
 @pytest.mark.parametrize("scale", [1.0, 4.0])
 def test_performer_is_its_random_features(scale):
     """Large queries and keys too, whose features the plain equation only holds in float64."""

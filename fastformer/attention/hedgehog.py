@@ -28,7 +28,8 @@ def reference(
 
     def phi(x: jax.Array, weight: jax.Array) -> jax.Array:
         x = jnp.einsum("BTHK,HKR->BTHR", zero_padding(x, seq).astype(jnp.float32), weight)
-        x = jnp.exp(jnp.concatenate([x, -x], axis=-1))
+        x = jnp.concatenate([x, -x], axis=-1)
+        x = jnp.exp(x - jnp.max(x, axis=-1, keepdims=True))
         return x / jnp.sum(x, axis=-1, keepdims=True)
 
     return dense_average(phi(q_BTHK, query_HKR), phi(k_BSGK, key_GKR), v_BSGP, seq, causal=causal)

@@ -14,6 +14,8 @@ from fastformer.core.errors import lookup
 from fastformer.core.layers import zero_padding
 from fastformer.core.seq import Seq
 
+LEAST = 1e-30  # of a total that is divided by, to have a gradient
+
 # phi by name; each is positive, so that the normaliser is (in float32 down to x = -87).
 FEATURE_MAPS = {
     # elu(x) + 1 (2006.16236, eq. 7), where elu's exp(x) - 1 would leave nothing of exp(x) below -17.
@@ -65,9 +67,8 @@ def dense_average(
     if weights_BTSG is not None:
         similar_BHTS *= jnp.repeat(weights_BTSG, share, axis=3).transpose(0, 3, 1, 2)
     similar_BHTS = jnp.where(visible_BTS, similar_BHTS, 0.0)
-    total_BHT = similar_BHTS.sum(axis=-1)
-    total_BHT = jnp.maximum(total_BHT, floor) if floor else jnp.where(total_BHT > 0, total_BHT, 1.0)
-    return jnp.einsum("BHTS,BSHP->BTHP", similar_BHTS / total_BHT[..., None], v_BSHP)
+    sums_BTHP = jnp.einsum("BHTS,BSHP->BTHP", similar_BHTS, v_BSHP)
+    return divided(sums_BTHP, similar_BHTS.sum(axis=-1).swapaxes(1, 2)[..., None], floor)
 
 
 def forward(
@@ -127,12 +128,17 @@ def average(
 
 
 def divided(sums: jax.Array, total: jax.Array, floor: float = 0.0) -> jax.Array:
-    """Return ``sums / total``, or over ``floor`` where that is more; zero where both are."""
+    """Return ``sums / total``, or over ``floor`` where that is more; zero where both are.
+
+    Totals below LEAST have no gradient: it holds 1 / total, which might overflow.
+    """
     if floor:
         return sums / jnp.maximum(total, floor)
-    # A quotient's gradient holds 1 / total²; taken at a total of one it cannot overflow.
+    # A quotient's gradient holds 1 / total² as well; taken at a total of one it cannot overflow.
     scale = jax.lax.stop_gradient(jnp.where(total > 0, total, 1.0))
-    return (sums / scale) / jnp.where(total > 0, total / scale, 1.0)
+    good = total >= LEAST
+    sums = jnp.where(good, sums, jax.lax.stop_gradient(sums))
+    return (sums / scale) / jnp.where(good, total / scale, 1.0)
 
 
 def init_state(

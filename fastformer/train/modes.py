@@ -18,8 +18,9 @@ from fastformer.data import DataConfig, load_tokeniser
 from fastformer.data.atomic import make_directory
 from fastformer.data.sources import SOURCES, split_source
 from fastformer.decode import GenerateConfig
+from fastformer.report import comparison
 from fastformer.report.benchmark import run_benchmark
-from fastformer.train import ahead, deployed, imports, loop, setup
+from fastformer.train import ahead, deployed, imports, loop, result, setup
 from fastformer.train.evaluate import EvaluateConfig, completer
 from fastformer.train.evaluate import evaluate as measure
 
@@ -29,6 +30,18 @@ Asked = Mapping[str, Sequence[str]]  # by flag, what --mode=generate is to answe
 def train(config: ConfigDict, workdir: Path, asked: Asked) -> None:
     """Train, or go on training, to the result."""
     loop.train(config, workdir)
+
+
+def go_on(config: ConfigDict, workdir: Path, then: Mapping[str, ConfigDict]) -> None:
+    """Train the runs that follow a finished one, each in ``runs/<its name>``, and compare them all."""
+    runs = {config.name: (config, workdir)}
+    runs |= {other.name: (other, Path(f"runs/{other.name}")) for other in then.values()}
+    for other, folder in runs.values():
+        if folder != workdir:
+            loop.train(other, folder)
+        if not result.is_finished(other, folder):  # a signal asked it to stop
+            return
+    print(comparison.write({name: folder for name, (_, folder) in runs.items()}, workdir))
 
 
 def benchmark(config: ConfigDict, workdir: Path, asked: Asked) -> None:
