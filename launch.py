@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastformer.core import config as configuration
-from fastformer.core import distributed, launchers, signals
+from fastformer.core import distributed, large_pages, launchers, signals
 from fastformer.core.errors import UserError, explain
 from fastformer.core.flags import ASKED, FROM_CONFIG, lines_of, parse
 
@@ -83,4 +83,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    large_pages.start_again()
     distributed.leave(main())

@@ -4,7 +4,9 @@ Arms: teacher, with full attention; then, by the same command, alone, a student 
 of attention and int8 weights and activations (quantisation-aware), and taught, the same student distilled
 from the teacher. `:teacher` trains the first alone, as does the command with any key changed.
 Command: python launch.py --config=configs/quickstart.py
-Expect: NOT YET
+Expect: six minutes on two CPU cores (longer where they have other work); with Python 3.11.7 the teacher
+  needs 1.90 held-out bits per byte, where gzip -9 needs 1.92 and xz -9 1.63, the student 2.07 alone and 1.96
+  taught, both in 0.15 times the bytes. Held-out rows overlap by half, so that every token has 128 before it.
 """
 
 from ml_collections import ConfigDict

@@ -19,6 +19,7 @@ from fastformer.core.signals import asking
 
 ROOT = Path(__file__).parent.parent
 BASE = "--config=configs/base.py"
+TUNABLES = "GLIBC_TUNABLES"
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +48,19 @@ def small(folder):
         "evaluate.every": 2, "checkpoint.every": 2, "log.every": 1, "generate.tokens": 4,
     }  # fmt: skip
     return [BASE, f"--workdir={folder / 'run'}", *(f"--config.{key}={value}" for key, value in keys.items())]
+
+
+@pytest.mark.parametrize("given", ["", "glibc.malloc.hugetlb=0", "glibc.malloc.tcache_count=3"])
+def test_the_program_asks_for_large_pages(tmp_path, given, monkeypatch):
+    """Unless the user has; what else was asked of malloc stays."""
+    text = f"import os\ndef get_config():\n    raise KeyError(os.environ['{TUNABLES}'])\n"
+    (tmp_path / "c.py").write_text(text)
+    monkeypatch.setenv(TUNABLES, given)
+    command = [sys.executable, "launch.py", f"--config={tmp_path / 'c.py'}"]
+    told = subprocess.run(command, capture_output=True, text=True)
+    asked = "glibc.malloc.hugetlb=1"
+    want = given if "hugetlb" in given else f"{given}:{asked}".lstrip(":")
+    assert told.returncode == 2 and told.stderr.endswith(f"KeyError: '{want}'\n")
 
 
 def test_train_again_evaluate_generate(tmp_path, capsys, monkeypatch):

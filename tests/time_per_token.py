@@ -19,6 +19,7 @@ import jax
 
 from fastformer.attention import VARIANTS, make
 from fastformer.attention.mixer import ORDERS
+from fastformer.core import large_pages
 from fastformer.core.seq import whole
 from fastformer.report import tables
 
@@ -63,4 +64,5 @@ def main() -> bool:
 
 
 if __name__ == "__main__":
+    large_pages.start_again()
     sys.exit(0 if main() else 1)

@@ -20,19 +20,22 @@ def write(runs: Mapping[str, Path], where: Path) -> str:
     results = {name: read_result(folder) for name, folder in runs.items()}
     metric = next(iter(next(iter(results.values()))["quality"]))
     columns = {
-        "parameters": ("parameters", "", tables.number),
-        "bytes_on_disk": ("weights on disk", "bytes", tables.nbytes),
-        metric: (f"held-out {metric.replace('_', ' ')}", metric.replace("_", " "), tables.number),
-        "decode_tokens_per_second": ("decoding", "tokens/s", lambda value: tables.number(value, 3)),
-    }
-    found = {name: one | one["quality"] for name, one in results.items()}
-    rows = [
-        (name, *(show(one.get(key)) for key, (_, _, show) in columns.items())) for name, one in found.items()
-    ]
-    titles = (f"{title}, {unit}" if unit == "tokens/s" else title for title, unit, _ in columns.values())
-    values = {key: {name: [one[key]] for name, one in found.items() if one.get(key)} for key in columns}
-    panels = [plots.Panel(title, unit, values[key]) for key, (title, unit, _) in columns.items()]
+        "parameters": ("parameters", tables.number, "millions", 1e6),
+        "bytes_on_disk": ("weights on disk", tables.nbytes, "MB", 1e6),
+        metric: (f"held-out {metric.replace('_', ' ')}", tables.number, metric.replace("_", " "), 1.0),
+        "decode_tokens_per_second": (
+            "decoding one sequence, tokens/s", lambda value: tables.number(value, 3), "tokens/s", 1.0,
+        ),
+    }  # fmt: skip
+    rows, panels = [[name] for name in runs], []
+    for key, (title, show, unit, scale) in columns.items():
+        values = [one[key] for one in (found | found["quality"] for found in results.values())]
+        for row, value in zip(rows, values):
+            row.append(show(value))
+        drawn = {name: [value / scale] for name, value in zip(runs, values) if value is not None}
+        panels.append(plots.Panel(title.partition(",")[0], unit, drawn))
     plots.arms(where / PICTURE, list(runs), panels)
-    text = f"{tables.table(('run', *titles), rows)}\n\n![the same as a picture]({PICTURE})\n"
+    table = tables.table(("run", *(title for title, *_ in columns.values())), rows)
+    text = f"{table}\n\n![the same as a picture]({PICTURE})\n"
     (where / TEXT).write_text(text)
     return text

@@ -21,6 +21,7 @@ import jax
 from ml_collections import ConfigDict
 
 from fastformer.core import config as configuration
+from fastformer.core import large_pages
 from fastformer.core.errors import UserError
 from fastformer.core.mesh import use
 from fastformer.core.trees import nbytes
@@ -119,4 +120,5 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    large_pages.start_again()
     sys.exit(main(sys.argv[1:]))
