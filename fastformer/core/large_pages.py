@@ -16,6 +16,6 @@ def start_again() -> None:
     manual's tunables, 2.35 or later) as a process starts and at no other time. Whoever has set it is obeyed.
     """
     given = os.environ.get("GLIBC_TUNABLES", "")
-    if sys.platform == "linux" and TUNABLE not in given:
+    if sys.platform == "linux" and sys.executable and TUNABLE not in given:
         os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, [given, f"{TUNABLE}=1"]))
         os.execv(sys.executable, sys.orig_argv)

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import jax
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from fastformer import compress, models, tasks
@@ -39,9 +41,12 @@ def go_on(config: ConfigDict, workdir: Path, then: Mapping[str, ConfigDict]) -> 
     for other, folder in runs.values():
         if folder != workdir:
             loop.train(other, folder)
+        if jax.process_count() > 1:  # the first of them writes the result
+            multihost_utils.sync_global_devices(f"trained {other.name}")
         if not result.is_finished(other, folder):  # a signal asked it to stop
             return
-    print(comparison.write({name: folder for name, (_, folder) in runs.items()}, workdir))
+    if jax.process_index() == 0:
+        print(comparison.write({name: folder for name, (_, folder) in runs.items()}, workdir))
 
 
 def benchmark(config: ConfigDict, workdir: Path, asked: Asked) -> None:
