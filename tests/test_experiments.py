@@ -70,7 +70,14 @@ def shrunk(found, arm, data):
 
 @pytest.mark.parametrize("path, arm", ARMS)
 def test_an_arm_trains_for_two_steps(path, arm, data, tmp_path):
-    config = shrunk(folder.read(path).in_smoke(), arm, data)
+    found = folder.read(path).in_smoke()
+    config = shrunk(found, arm, data)
+    if "distil" in config.compress.methods:  # the first arm teaches
+        config.compress.distil.teacher = str(tmp_path / "teacher")
+        loop.train(shrunk(found, next(iter(found.arms)), data), tmp_path / "teacher", jax.devices()[:1])
+        loop.train(config, tmp_path / "run", jax.devices()[:1])
+        assert 0 < read_result(tmp_path / "run")["quality"]["bits_per_byte"] < 20
+        return
     run = setup.build_run(config, tmp_path, jax.devices()[:1])
     tx, schedule = make_optimiser(config)
     with use(run.mesh, run.rules):
