@@ -130,7 +130,7 @@ def test_forgetting_does_not_depend_on_what_was_forgotten_long_ago(time):
     widths = {"key_width": KEYS, "value_width": VALUES}
     state = forgetting.init_state(1, TIME, jnp.float32, heads=4, kv_heads=GROUPS, **widths)
     state = forward(*first[0], seq=first[1], state=state)[1]
-    total = state.total._replace(coarse_BTH=state.total.coarse_BTH - 2e5)
+    total = state.total._replace(coarse=state.total.coarse - 2e5)
     later = state._replace(coarse_BSH=state.coarse_BSH - 2e5, total=total)
     want, got = (forward(*rest[0], seq=rest[1], state=start)[0] for start in (state, later))
     np.testing.assert_allclose(got, want, atol=1e-6)
