@@ -36,7 +36,7 @@ def run(argv: Sequence[str]) -> int:
         also = "" if mode in FROM_CONFIG else ", or --workdir=DIR of a run"
         raise UserError(f"--mode={mode}: needs --config=FILE, as in --config=configs/quickstart.py{also}")
     alone = mode != "train" or flags.workdir or overrides or ":" in flags.config
-    then = {} if alone else configuration.followers(flags.config)
+    then = () if alone else configuration.followers(flags.config)
     workdir = Path(flags.workdir or f"runs/{config.name}")
     try:
         workdir.exists()
@@ -54,9 +54,10 @@ def run(argv: Sequence[str]) -> int:
         config = modes.of_run(workdir, config, () if flags.config else overrides)
     asked = {name: getattr(flags, name) for name in ASKED}
     asked |= {name: lines_of(getattr(flags, name) or []) for name in ("source", "sentence")}
-    modes.MODES[mode](config, workdir, {name: texts for name, texts in asked.items() if texts})
     if then:
-        modes.go_on(config, workdir, then)
+        modes.train_all([config, *then])
+    else:
+        modes.MODES[mode](config, workdir, {name: texts for name, texts in asked.items() if texts})
     return 0
 
 

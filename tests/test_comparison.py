@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from tiny import tiny_config
 import launch
 from fastformer.core import config as configuration
 from fastformer.core.errors import UserError
-from fastformer.train import loop
+from fastformer.train.session import Session
 
 ROOT = Path(__file__).parent.parent
 
@@ -69,7 +70,7 @@ def test_one_command_trains_them_in_order_and_compares(family, capsys):
 def test_whoever_changes_anything_gets_one_run(family, more, monkeypatch):
     """The teacher that others name is the one of the bare command."""
     seen = []
-    monkeypatch.setattr("fastformer.train.modes.go_on", lambda *given: seen.append(given))
+    monkeypatch.setattr("fastformer.train.modes.train_all", seen.append)
     done = dict.fromkeys(("train", "benchmark"), lambda *given: None)
     monkeypatch.setattr("fastformer.train.modes.MODES", done)
     flags = [family()]
@@ -78,14 +79,20 @@ def test_whoever_changes_anything_gets_one_run(family, more, monkeypatch):
 
 
 def test_what_is_stopped_is_not_followed(family, monkeypatch, capsys):
-    """A run that a signal ended leaves no result; the next would have no teacher."""
-    flags = [family()]
-    train = loop.train
-    monkeypatch.setattr(loop, "train", lambda config, workdir: Path(workdir).mkdir(parents=True))
-    assert launch.run(flags) == 0
-    assert not Path("runs/family_taught").exists() and "comparison" not in capsys.readouterr().out
-    monkeypatch.setattr(loop, "train", train)
-    Path("runs/family").rmdir()
+    """A signal in the middle of the first run: it saves, and the next would have no teacher."""
+    flags, advance = [family()], Session.advance
+
+    def asked(session):
+        advance(session)
+        if session.step == 5:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "advance", asked)
+        assert launch.run(flags) == 0
+    assert "stopped and saved at step 5" in capsys.readouterr().out
+    assert not Path("runs/family_taught").exists() and not Path("runs/family/comparison.md").exists()
+    assert launch.run(flags) == 0 and Path("runs/family/comparison.md").exists()
 
 
 @pytest.mark.parametrize("then", [("nobody",), "taught", 3])
@@ -99,9 +106,9 @@ def test_the_quickstarts_students_are_its_own():
     """They read the workdir that the command makes, and differ in nothing but the teacher."""
     path = str(ROOT / "configs/quickstart.py")
     teacher, students = configuration.load(path), configuration.followers(path)
-    assert list(students) == ["alone", "taught"]
-    for student in students.values():
+    assert [student.name for student in students] == ["quickstart_alone", "quickstart_taught"]
+    for student in students:
         assert student.compress.distil.teacher == f"runs/{teacher.name}"
         assert 2 * student.model.layers == teacher.model.layers
-    changed = {key for key, *_ in configuration.differences(*students.values())}
+    changed = {key for key, *_ in configuration.differences(*students)}
     assert changed == {"name", "compress.methods"}

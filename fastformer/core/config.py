@@ -106,10 +106,10 @@ def load(path_and_arg: str, overrides: Iterable[tuple[str, str]] = ()) -> Config
     return config
 
 
-def followers(path: str) -> dict[str, ConfigDict]:
-    """Return ``{arm: configuration}`` of the arms that ``path.py`` has trained after its own, in order.
+def followers(path: str) -> list[ConfigDict]:
+    """Return the configurations of the arms that ``path.py`` has trained after its own, in order.
 
-    They are those that its THEN names; the runs of a file without one have none.
+    They are those that its THEN names; a file without one has none.
 
     Raises:
       UserError: THEN is no tuple of the file's arms, or one of them has no good configuration.
@@ -119,7 +119,7 @@ def followers(path: str) -> dict[str, ConfigDict]:
     if not isinstance(then, (tuple, list)) or not set(then) <= set(arms):
         known = ", ".join(arms) or "it has no ARMS"
         raise UserError(f"--config: THEN of {path}, {then!r:.60}, is no tuple of its arms ({known})")
-    return {arm: load(f"{path}:{arm}") for arm in then}
+    return [load(f"{path}:{arm}") for arm in then]
 
 
 def check_sections(config: ConfigDict) -> None:

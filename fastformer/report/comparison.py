@@ -11,12 +11,13 @@ from fastformer.report.run_report import read_result
 TEXT, PICTURE = "comparison.md", "comparison.png"
 
 
-def write(runs: Mapping[str, Path], where: Path) -> str:
-    """Write ``comparison.md`` and ``comparison.png`` into ``where``; return what is in the former.
+def write(runs: Mapping[str, Path]) -> str:
+    """Write ``comparison.md`` and ``comparison.png`` into the first workdir; return what is in the former.
 
     Args:
       runs: workdirs of finished runs of one task, by the name that they are shown under.
     """
+    where = next(iter(runs.values()))
     results = {name: read_result(folder) for name, folder in runs.items()}
     metric = next(iter(next(iter(results.values()))["quality"]))
     columns = {

@@ -34,19 +34,17 @@ def train(config: ConfigDict, workdir: Path, asked: Asked) -> None:
     loop.train(config, workdir)
 
 
-def go_on(config: ConfigDict, workdir: Path, then: Mapping[str, ConfigDict]) -> None:
-    """Train the runs that follow a finished one, each in ``runs/<its name>``, and compare them all."""
-    runs = {config.name: (config, workdir)}
-    runs |= {other.name: (other, Path(f"runs/{other.name}")) for other in then.values()}
-    for other, folder in runs.values():
-        if folder != workdir:
-            loop.train(other, folder)
+def train_all(configs: Sequence[ConfigDict]) -> None:
+    """Train one run after another, each in ``runs/<its name>``, and compare them, unless asked to stop."""
+    runs = {config.name: Path(f"runs/{config.name}") for config in configs}
+    for config in configs:
+        loop.train(config, runs[config.name])
         if jax.process_count() > 1:  # the first of them writes the result
-            multihost_utils.sync_global_devices(f"trained {other.name}")
-        if not result.is_finished(other, folder):  # a signal asked it to stop
+            multihost_utils.sync_global_devices(f"trained {config.name}")
+        if not result.is_finished(config, runs[config.name]):
             return
     if jax.process_index() == 0:
-        print(comparison.write({name: folder for name, (_, folder) in runs.items()}, workdir))
+        print(comparison.write(runs))
 
 
 def benchmark(config: ConfigDict, workdir: Path, asked: Asked) -> None:
