@@ -227,7 +227,7 @@ def _chunk(memory: jax.Array, inputs: tuple) -> tuple[jax.Array, jax.Array]:
     end = jax.tree.map(lambda x: x[:, -1:], total)
     writes = [(k, v)]
     if read is not None:
-        before = Fade.of(jnp.pad(log[:, :-1], [(0, 0), (1, 0), (0, 0), (0, 0)]))
+        before = jax.tree.map(lambda x: jnp.pad(x[:, :-1], [(0, 0), (1, 0), (0, 0), (0, 0)]), total)
         unread = jnp.einsum("BCGK,BGKP->BCGP", read * jnp.exp(sum(before)) * past, memory)
         to_k = _pairs(read[:, :, :, None], k, before, total, sees[1])[:, :, 0]
         if erase is None:
