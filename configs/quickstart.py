@@ -15,6 +15,16 @@ from configs import base
 
 ARMS = ("teacher", "alone", "taught")
 THEN = ("alone", "taught")
+SMOKE = {  # what makes it a matter of seconds, for experiments that begin with it
+    "data.vocabulary": 512,
+    "data.length": 64,
+    "train.steps": 6,
+    "compress.quantise.start": 3,
+    "optimiser.warmup_steps": 2,
+    "evaluate.overlap": 0,
+    "evaluate.batch": 64,
+    "generate.tokens": 8,
+}
 
 
 def get_config(arm: str = "teacher") -> ConfigDict:

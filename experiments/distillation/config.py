@@ -32,17 +32,9 @@ def get_config(arm: str) -> ConfigDict:
     return c
 
 
-SMOKE = {
+SMOKE = quickstart.SMOKE | {
     "compress.distil.teacher": "runs/smoke/distillation/teacher-0",
-    "data.vocabulary": 512,
-    "data.length": 64,
     "model.width": 32,
-    "train.steps": 6,
-    "compress.quantise.start": 3,
-    "optimiser.warmup_steps": 2,
-    "evaluate.overlap": 0,
-    "evaluate.batch": 64,
-    "generate.tokens": 8,
 }
 
 CLAIMS = [
