@@ -14,6 +14,8 @@ def get_config() -> ConfigDict:
     c.name = "answer"
     c.task = ConfigDict({"name": "answer", "sentences": 200})
     c.model.name = "decoder"
+    c.model.token_types = 0
     c.model.bidirectional = False
+    c.train.steps = 2000
     c.generate.tokens = 64
     return c

@@ -1,8 +1,9 @@
 """Questions about Python's functions, answered from their docstrings; derived, not asked by anybody.
 
-Command: python launch.py --config=configs/qa.py (77 minutes on two CPU cores beside other work)
-Expect: exact match and F1 well above the most similar sentence, whose figures stand in the report. It came
-  out below: 13.9 and 26.7, the most similar sentence 37.3 and 49.1.
+Tokens of the context that are of a word of the question are marked (token_types, as DrQA has it, 1704.00051).
+Command: python launch.py --config=configs/qa.py (about 15 minutes on two CPU cores)
+Expect: exact match and F1 far above the most similar sentence, whose figures stand in the report; with
+  --config.model.token_types=2, which leaves the marks out, below it.
 """
 
 from ml_collections import ConfigDict
@@ -19,11 +20,14 @@ def get_config() -> ConfigDict:
     c.data.length = 384
     c.model.name = "encoder"
     c.model.bidirectional = True
-    c.model.layers = 4
+    c.model.token_types = 3
+    c.model.layers = 3
     c.model.width = 192
     c.model.heads = 4
-    c.train.steps = 2000
+    c.train.steps = 500
     c.train.batch = 16
-    c.optimiser.learning_rate = 1e-3
-    c.evaluate.every = 250
+    c.optimiser.name = "muon"
+    c.optimiser.learning_rate = 1e-2
+    c.optimiser.warmup_steps = 50
+    c.evaluate.every = 100
     return c

@@ -23,6 +23,7 @@ from fastformer.train.state import abstract_state, initial_state
 from fastformer.train.step import compile_train_step, put_batch
 
 ROOT = Path(__file__).parent.parent
+TAUGHT = ("distil", "linearise")
 FOLDERS = sorted(file.parent for file in (ROOT / "experiments").glob("*/config.py"))
 ARMS = [
     pytest.param(path, arm, id=f"{path.name}-{arm}") for path in FOLDERS for arm in folder.read(path).arms
@@ -72,8 +73,9 @@ def shrunk(found, arm, data):
 def test_an_arm_trains_for_two_steps(path, arm, data, tmp_path):
     found = folder.read(path).in_smoke()
     config = shrunk(found, arm, data)
-    if "distil" in config.compress.methods:  # the first arm teaches
-        config.compress.distil.teacher = str(tmp_path / "teacher")
+    taught = next((config.compress[name] for name in config.compress.methods if name in TAUGHT), None)
+    if taught:  # the first arm teaches
+        taught.teacher = str(tmp_path / "teacher")
         loop.train(shrunk(found, next(iter(found.arms)), data), tmp_path / "teacher", jax.devices()[:1])
         loop.train(config, tmp_path / "run", jax.devices()[:1])
         assert 0 < read_result(tmp_path / "run")["quality"]["bits_per_byte"] < 20
@@ -223,7 +225,7 @@ def test_the_readme_is_made_and_rewritten_between_its_markers(place):
     assert run() == 0
     text = readme(place)
     for part in (
-        "is a higher learning rate better?", "high is better, for it is more.",
+        "Is a higher learning rate better?", "high is better, for it is more.",
         "1.99950 ± 0.00071", "1.99050 ± 0.00071",
         "- **holds**: high is better", "abacus", "`c0ffee`", "jax 1", "](results.png)",
     ):  # fmt: skip

@@ -12,10 +12,13 @@ from configs import base
 from fastformer import tasks
 from fastformer.core import config as configuration
 from fastformer.core.errors import UserError
+from fastformer.core.mesh import use
 from fastformer.core.seq import Seq
 from fastformer.data import DataConfig
 from fastformer.data.examples import stack, synthetic
+from fastformer.decode.token_by_token import TokenByToken
 from fastformer.tasks.listops import CLOSE, OPERATORS, TOKENS, ListOps, spelt
+from fastformer.tasks.next_token import NextToken
 from fastformer.tasks.recall import gap_probabilities
 from fastformer.train import loop, modes, setup
 from fastformer.train.evaluate import make_evaluate
@@ -215,6 +218,30 @@ def test_an_encoder_sees_no_padding_and_may_be_causal(tmp_path, settings):
     changed = batch | {"tokens_BT": batch["tokens_BT"].copy()}
     changed["tokens_BT"][:, 4] = (changed["tokens_BT"][:, 4] + 1) % 10
     assert float(score(changed)) != pytest.approx(float(score(batch)), rel=1e-5)
+
+
+@pytest.mark.parametrize("task", ["recall", "copy", "induction"])
+@pytest.mark.parametrize("chunk", [0, 3])
+def test_only_what_counts_gets_logits(tmp_path, task, chunk):
+    """The loss and its gradient are those of all logits, which are never made."""
+    settings = {"task__pairs": 3, "task__vocabulary": 100} if task == "recall" else {}
+    config = configured(tmp_path, task, model__loss_chunk=chunk, **settings)
+    run = setup.build_run(config, tmp_path, DEVICES)
+    batch = next(run.data.heldout_batches(4))
+    seq = Seq(batch["segment_BT"], batch["position_BT"])
+    params = jax.jit(run.model.init)(jax.random.key(0), batch["tokens_BT"], seq)["params"]
+
+    def pull(loss):
+        return jax.value_and_grad(lambda params: loss(run.task, run.model, params, batch)[0])(params)
+
+    got, want = pull(type(run.task).loss), pull(NextToken.loss)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), got, want)
+    few = jax.make_jaxpr(lambda params: run.task.loss(run.model, params, batch))(params)
+    assert f"[4,32,{run.data.vocabulary}]" not in str(few)
+    through_state = TokenByToken(run.model)
+    with use(run.mesh, run.rules):
+        slow = run.task.loss(through_state, params, batch)[0]
+    assert float(slow) == pytest.approx(float(got[0]), rel=1e-5)
 
 
 def accuracy(config, workdir):

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from configs import base
-from fastformer import tasks
+from fastformer import models, tasks
 from fastformer.core.errors import UserError
+from fastformer.core.seq import Seq
 from fastformer.data import DataConfig
 from fastformer.data.corpus import Corpus
 from fastformer.data.doc_questions import Question, questions
@@ -68,6 +71,45 @@ def test_spans_lead_back_to_the_answer(name):
     assert row["context_T"][row["span_2"]].all() and not row["context_T"][0]
     cut = question_row(question, tokeniser, 16)
     assert cut["span_2"].tolist() == [0, 0] and answer(question, [0, 0], tokeniser, 16) == ""
+
+
+def test_to_be_trained_on_functions_are_put_together_anew():
+    once, again = (list(questions("m.py", module(1) + module(2), rounds)) for rounds in (1, 3))
+    assert again[: len(once)] == once and len(again) == 3 * len(once)
+    assert len({q.context for q in again}) == 3 * len({q.context for q in once})
+    for q in again:
+        assert q.start < 0 or q.context[: q.start].endswith(f"{q.question.split()[2]}()\n")
+
+
+@pytest.mark.parametrize("name", ["bytes", "bpe"])
+def test_words_of_the_question_are_marked_in_the_context(name):
+    tokeniser = ByteTokeniser() if name == "bytes" else BPETokeniser.train([module(1)] * 3, 300)
+    question = Question("What does add do?", "ähm: Do add1 – add, quickly.", "", -1)
+    row = question_row(question, tokeniser, 64)
+    begin = int(np.argmax(row["context_T"]))
+    assert not row["types_T"][:begin].any() and np.array_equal(row["types_T"] > 0, row["context_T"] > 0)
+    found = [int(t) for t, kind in zip(row["tokens_T"], row["types_T"]) if kind == 2]
+    assert tokeniser.decode(found).replace(" ", "") == "Doadd"  # neither add1 nor a space of its own
+    cut = question_row(question, tokeniser, begin + 3)
+    assert np.array_equal(cut["types_T"], row["types_T"][: begin + 3])
+
+
+def test_a_model_gets_the_kinds_of_tokens_that_it_has(corpus, tmp_path):
+    batch = next(QuestionRows(corpus, ByteTokeniser(), 160, {}).train_iterator(4, 0))
+    seq = Seq(batch["segment_BT"], batch["position_BT"])
+
+    def loss(kinds, types_BT):
+        config = configured().copy_and_resolve_references().unlock()
+        config.model.token_types = kinds
+        model = models.build(config, 257, 160, qa.QA().head)
+        params = nn.unbox(jax.jit(model.init)(jax.random.key(0), batch["tokens_BT"], seq)["params"])
+        return float(qa.QA().loss(model, params, batch | {"types_BT": types_BT})[0])
+
+    types_BT = batch["types_BT"]
+    assert types_BT.max() == 2
+    assert loss(0, types_BT) == loss(0, 0 * types_BT)
+    assert loss(2, types_BT) == loss(2, np.minimum(types_BT, 1)) != loss(2, 0 * types_BT)
+    assert loss(3, types_BT) != loss(3, np.minimum(types_BT, 1))
 
 
 def test_the_best_span_is_none_backwards_or_too_long():

@@ -57,6 +57,7 @@ class Recorder(Wrapped):
     def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the outputs, as ``linen.Module.apply``; logits are kept, also where nats are asked for."""
         targets = kwargs.pop("targets_BT", None)
+        kwargs.pop("scored_BN", None)  # all logits are kept
         if self.inside:
             more = {"capture_intermediates": _wanted, "mutable": ["intermediates"]}
             (logits, state), found = self.inner.apply(variables, *args, **kwargs, **more)

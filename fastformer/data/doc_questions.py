@@ -2,7 +2,8 @@
 
 A context is what several functions of a module say of themselves; a question names one of them, and
 its answer is the first sentence of its docstring. One question in five names a function that the
-context does not hold, and has no answer.
+context does not hold, and has no answer. To be trained on, a module's functions are put together anew
+several times, so that a name has other neighbours, and another place among them, each time.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from fastformer.data.splits import SPLITS, split_of
 TOGETHER, FEWEST = 4, 3  # functions in a context
 LONGEST = 240  # characters of a docstring
 UNANSWERABLE = 0.2
+ROUNDS = {"train": 8, "heldout": 1}  # times that the functions of a module are put together
 SENTENCE = re.compile(r"(?<=[.!?])\s+")
 
 
@@ -48,20 +50,34 @@ class Question(NamedTuple):
 def open_questions(_: str, root: Path) -> Corpus:
     """Return the corpus whose records are Questions, split by module."""
     found: dict[str, list[Question]] = {split: [] for split in SPLITS}
+    texts: dict[str, list[str]] = {split: [] for split in SPLITS}
     for path, text in stdlib.module_texts():
-        found[split_of(path)] += questions(path, text)
+        split = split_of(path)
+        found[split] += questions(path, text, ROUNDS[split])
+        texts[split] += [f"{q.question}\n{q.context}" for q in questions(path, text)]
 
     def documents(split: str) -> Iterator[str]:
-        return (f"{q.question}\n{q.context}" for q in found[split])
+        return iter(texts[split])
 
     title = f"questions derived from the docstrings of {stdlib.TITLE}"
-    return Corpus(title, f"questions {stdlib.fingerprint()}", documents, lambda split: iter(found[split]))
+    fingerprint = f"questions {ROUNDS} {stdlib.fingerprint()}"
+    return Corpus(title, fingerprint, documents, lambda split: iter(found[split]))
 
 
-def questions(path: str, text: str) -> Iterator[Question]:
-    """Yield the questions about a module's functions; the same for the same path and text."""
+def questions(path: str, text: str, rounds: int = 1) -> Iterator[Question]:
+    """Yield the questions about a module's functions; the same for the same path and text.
+
+    Args:
+      rounds: times that the functions are put together; the first time as they stand in the module.
+    """
     rng = random.Random(path)
     functions = _functions(text)
+    for _ in range(rounds):
+        yield from _of_groups(functions, rng)
+        rng.shuffle(functions)
+
+
+def _of_groups(functions: list[tuple[str, str]], rng: random.Random) -> Iterator[Question]:
     for first in range(0, len(functions), TOGETHER):
         here = functions[first : first + TOGETHER]
         if len(here) < FEWEST:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -12,6 +13,7 @@ from fastformer.data.examples import Examples, Row
 from fastformer.data.splits import SPLITS
 from fastformer.data.tokenisers import Tokeniser
 
+WORD = re.compile(r"\w+")
 SOME = 200  # questions that padding is counted in
 
 
@@ -19,7 +21,9 @@ class QuestionRows(Examples):
     """Rows of one question each; a context is cut to what fits.
 
     A row's ``span_2`` holds the first and last token of the answer, both 0 (the row's first token) where
-    there is none, or none within the cut; ``context_T`` is 1 where an answer may stand.
+    there is none, or none within the cut; ``context_T`` is 1 where an answer may stand. ``types_T`` is 0 in
+    the question, 1 in the context (1810.04805, section 3) and 2 in those of its words that the question has
+    too (Chen et al. 2017, 1704.00051, section 3.2, exact match, in lower case).
 
     Attributes:
       questions: the held-out ones.
@@ -62,8 +66,24 @@ def question_row(question: Question, tokeniser: Tokeniser, length: int) -> Row:
     row["tokens_T"][:size], row["segment_T"][:size] = tokens, 1
     row["position_T"][:size] = np.arange(size)
     row["context_T"][begin:size] = 1
+    row["types_T"] = row["context_T"].copy()
+    row["types_T"][begin:size] += _asked(question, tokens[begin:], tokeniser)
     row["span_2"] = np.asarray(_span(question, tokens, begin, tokeniser), np.int32)
     return row | {"weights_": np.float32(1)}
+
+
+def _asked(question: Question, tokens: Sequence[int], tokeniser: Tokeniser) -> np.ndarray:
+    """Return 1 for the tokens of the context that are part of a word of the question."""
+    words = {word.lower() for word in WORD.findall(question.question)}
+    sizes = tokeniser.byte_lengths[np.asarray(tokens, np.int64)]
+    same = np.zeros(len(question.context.encode()) + 1, np.int32)  # bytes; the first is before all
+    for found in WORD.finditer(question.context):
+        if found.group().lower() in words:
+            first, last = (len(question.context[:end].encode()) for end in found.span())
+            same[first + 1 : last + 1] = 1
+    before = np.cumsum(same)
+    ends = np.minimum(np.cumsum(sizes), len(before) - 1)
+    return (before[ends] > before[np.maximum(ends - sizes, 0)]).astype(np.int32)
 
 
 def _span(question: Question, tokens: Sequence[int], begin: int, tokeniser: Tokeniser) -> tuple[int, int]:

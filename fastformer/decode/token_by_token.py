@@ -22,9 +22,10 @@ class TokenByToken(Wrapped):
         tokens_BT: jax.Array,
         seq: Seq,
         targets_BT: jax.Array | None = None,
+        scored_BN: jax.Array | None = None,
         **options: Any,
     ) -> tuple[jax.Array, Any]:
-        """Return the outputs of all tokens and the last state, as ``linen.Module.apply``."""
+        """Return the outputs of all tokens, whichever count, and the last state, as linen's apply."""
 
         def one(state: Any, token: tuple) -> tuple[Any, jax.Array]:
             token_B1, (segment_B1, position_B1), target_B1 = jax.tree.map(lambda x: x[:, None], token)

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from fastformer.core.errors import FieldError
 from fastformer.core.seq import Seq
@@ -53,11 +54,16 @@ class Decoder(nn.Module):
         state: Any = None,
         deterministic: bool = True,
         targets_BT: jax.Array | None = None,
+        scored_BN: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple]:
         """Return ``(logits_BTV float32, state)``; ``state`` is as ``init_state`` has it, None an empty past.
 
         With ``targets_BT`` it returns ``(nats_BT float32, state)``, the cross-entropy of each, and holds
         no more logits at once than those of ``config.loss_chunk`` tokens of each row.
+
+        Args:
+          scored_BN: int32, the tokens of each row whose nats are wanted, which alone get logits; the others'
+            nats are 0. None is all.
         """
         c = self.config
         tables = Tables.of(self)
@@ -66,8 +72,16 @@ class Decoder(nn.Module):
         x_BTD = last_norm(c, x_BTD)
         if targets_BT is None:
             return logits_of(c, tables)(x_BTD), state
-        scanned = 0 < c.loss_chunk < targets_BT.shape[1]
-        return chunked(logits_of(c, tables, scanned), x_BTD, targets_BT, c.loss_chunk), state
+        wanted_BT = targets_BT
+        if scored_BN is not None:
+            x_BTD = jnp.take_along_axis(x_BTD, scored_BN[..., None], axis=1)
+            wanted_BT = jnp.take_along_axis(targets_BT, scored_BN, axis=1)
+        scanned = 0 < c.loss_chunk < wanted_BT.shape[1]
+        nats_BT = chunked(logits_of(c, tables, scanned), x_BTD, wanted_BT, c.loss_chunk)
+        if scored_BN is not None:
+            row_B1 = jnp.arange(len(targets_BT))[:, None]
+            nats_BT = jnp.zeros(targets_BT.shape).at[row_B1, scored_BN].set(nats_BT)
+        return nats_BT, state
 
     def init_state(self, batch: int, capacity: int) -> tuple:
         """Return the empty state of every layer, for ``capacity`` tokens a row."""

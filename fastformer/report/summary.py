@@ -101,8 +101,9 @@ def replace(text: str, new: str, readme: Path) -> str:
 def skeleton(experiment: Experiment) -> str:
     """Return the README of a folder that has none yet."""
     about = experiment.about
+    name, question = (text[0].upper() + text[1:] for text in (experiment.name, about["Question"]))
     return (
-        f"# {experiment.name}\n\n{about['Question']}\n\n"
+        f"# {name}\n\n{question}\n\n"
         f"Expected: {about['Expectation']} ({about['Source']})\n\n"
         f"To remake it ({about['Minutes']} minutes on {about['Hardware']}):\n\n"
         f"```\n{about['Command']}\n```\n\n"

@@ -33,6 +33,9 @@ class Copy(Probe, Recalled):
     def vocabulary_size(self) -> int:
         return self.symbols + 1
 
+    def counted(self, length):
+        return length // 2
+
     def make(self, rng, length):
         longest = length // 2
         if longest < max(self.shortest, 1):

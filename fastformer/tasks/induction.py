@@ -30,6 +30,9 @@ class Induction(Probe, Recalled):
     def vocabulary_size(self) -> int:
         return self.symbols + 1
 
+    def counted(self, length):
+        return 1
+
     def make(self, rng, length):
         if length < 3:
             raise FieldError("config.data.length", f"{length} is not allowed; it must be at least 3")

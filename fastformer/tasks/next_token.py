@@ -34,6 +34,16 @@ class Recalled(NextToken):
     metric = "accuracy"
     higher = True
 
+    def counted(self, length: int) -> int:
+        """Return how many tokens of a row can be known at most; only they get logits in the loss."""
+        raise NotImplementedError
+
+    def loss(self, model, params, batch, rng=None):
+        weights_BT = batch["weights_BT"]
+        scored_BN = jax.lax.top_k(weights_BT, self.counted(weights_BT.shape[1]))[1]
+        nats_BT = apply(model, params, batch, rng, targets_BT=batch["targets_BT"], scored_BN=scored_BN)
+        return jnp.sum(nats_BT * weights_BT), jnp.sum(weights_BT)
+
     def totals(self, model, params, batch) -> Sums:
         return scored(apply(model, params, batch, None), batch["targets_BT"], batch["weights_BT"])
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 from fastformer.core.errors import UserError, require
+from fastformer.core.wrapped import bare
 from fastformer.data.corpus import Corpus
 from fastformer.data.doc_questions import Question
 from fastformer.data.examples import stack
@@ -54,10 +57,10 @@ class QA(Task):
         return QuestionRows(corpus, tokeniser, data.length, simple_answers(corpus))
 
     def loss(self, model, params, batch, rng=None):
-        return _cross_entropy(_scores(apply(model, params, batch, rng), batch), batch)
+        return _cross_entropy(_scores(model, params, batch, rng), batch)
 
     def totals(self, model, params, batch):
-        scores_BTR = _scores(apply(model, params, batch, None), batch)
+        scores_BTR = _scores(model, params, batch, None)
         nats, targets = _cross_entropy(scores_BTR, batch)
         return {"nats": nats, "targets": targets, "span_B2": best_span(scores_BTR, self.longest)}
 
@@ -104,8 +107,11 @@ def matched(questions: Sequence[str], contexts: Sequence[str]) -> list[Question]
     return [Question(q, c, "", -1) for q, c in zip(questions, contexts)]
 
 
-def _scores(scores_BTR: jax.Array, batch: Batch) -> jax.Array:
+def _scores(model: nn.Module, params: Any, batch: Batch, rng: jax.Array | None) -> jax.Array:
     """Return the scores where a span may begin or end: in the context, or at the first token."""
+    kinds = max(bare(model).config.token_types, 1)
+    types_BT = jnp.minimum(batch["types_BT"], kinds - 1)
+    scores_BTR = apply(model, params, batch, rng, types_BT=types_BT)
     first_T = jnp.arange(scores_BTR.shape[1]) == 0
     allowed_BT = (batch["context_BT"] > 0) | first_T[None]
     return jnp.where(allowed_BT[..., None], scores_BTR, NEVER)

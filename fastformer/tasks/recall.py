@@ -43,6 +43,9 @@ class Recall(Probe, Recalled):
     def vocabulary_size(self) -> int:
         return self.vocabulary
 
+    def counted(self, length):
+        return self.pairs
+
     def make(self, rng, length):
         _check_length(self.pairs, self.vocabulary, length)
         n, half = self.pairs, self.vocabulary // 2

@@ -119,8 +119,8 @@ def unit(x_BD: jax.Array) -> jax.Array:
 
 
 def answered(questions: Sequence[Question]) -> list[tuple[str, str]]:
-    """Return questions with their answers, those that have one."""
-    return [(q.question, q.answer) for q in questions if q.answer]
+    """Return questions with their answers, those that have one, each pair once."""
+    return list(dict.fromkeys((q.question, q.answer) for q in questions if q.answer))
 
 
 def ranked(scores_NN: np.ndarray) -> dict[str, float]:
