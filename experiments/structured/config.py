@@ -1,7 +1,6 @@
-"""What does a model lose, and how much faster is it, when whole neurons, heads or layers are cut out of it?
+"""What does a model lose, and how much faster is it, when whole neurons or layers are cut out of it?
 
-Question: the quickstart's trained model is cut to half of its feed-forward neurons, of its heads or of its
-  layers, and trained for half as many steps again: how many held-out bits per byte does each cost against
+Question: the quickstart's trained model is cut to half of its feed-forward neurons or of its layers, and trained for half as many steps again: how many held-out bits per byte does each cost against
   as many more steps without a cut, and how much faster does each train and decode?
 Command: python launch.py --experiment=experiments/structured
   needs runs/quickstart first: python launch.py --config=configs/quickstart.py
@@ -17,11 +16,10 @@ from ml_collections import ConfigDict
 
 from configs import quickstart
 
-CUTS = {"half_ff": "ff_width", "half_heads": "heads", "half_layers": "layers"}
+CUTS = {"half_ff": "ff_width", "half_layers": "layers"}
 ARMS = {
     "whole": "4 layers, 2 heads of 96, 512 neurons: 110 steps more without a cut (baseline)",
     "half_ff": "256 neurons, 110 steps more",
-    "half_heads": "1 head of 96, 110 steps more",
     "half_layers": "2 layers, those that change the stream most, 110 steps more",
 }
 SEEDS = (0, 1, 2)
