@@ -1,7 +1,8 @@
 """What does a model lose, and how much faster is it, when whole neurons or layers are cut out of it?
 
-Question: the quickstart's trained model is cut to half of its feed-forward neurons or of its layers, and trained for half as many steps again: how many held-out bits per byte does each cost against
-  as many more steps without a cut, and how much faster does each train and decode?
+Question: the quickstart's trained model is cut to half of its feed-forward neurons or of its layers, and
+  trained for half as many steps again: how many held-out bits per byte does each cost against as many more
+  steps without a cut, and how much faster does each train and decode?
 Command: python launch.py --experiment=experiments/structured
   needs runs/quickstart first: python launch.py --config=configs/quickstart.py
 Hardware: 2 CPU cores
