@@ -76,8 +76,8 @@ def test_a_mesh_changes_neither_loss_nor_gradients(outcomes, name):
     np.testing.assert_allclose(one.loss, many.loss, rtol=1e-5)
     assert one.targets == many.targets > 0
     for (path, a), b in zip(paths(one.mean).items(), jax.tree.leaves(many.mean), strict=True):
-        # Sums of 384 tokens in another order, through four mixers.
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5 * np.abs(a).max(), err_msg=path)
+        # Sums of 384 tokens in another order, through four mixers: machines differ by 2e-5 of the largest.
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4 * np.abs(a).max(), err_msg=path)
 
 
 def test_neighbours_hand_over_and_nobody_gathers_time(outcomes):

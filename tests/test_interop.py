@@ -116,6 +116,45 @@ def test_transformers_reads_what_is_written(tmp_path, kind):
     np.testing.assert_allclose(logits(model, params, [tokens]), want, atol=1e-3)
 
 
+LLAMA_CPP = """
+import json, sys, xllamacpp
+path, prompt = sys.argv[1:]
+params = xllamacpp.CommonParams()
+params.model.path, params.n_ctx, params.warmup, params.cpuparams.n_threads = path, 64, False, 1
+asked = {"prompt": prompt, "max_tokens": 1, "temperature": 0, "logprobs": 20}
+print("answer", json.dumps(xllamacpp.Server(params).handle_completions(asked)))
+"""
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("form", ["f16", "q8_0"])
+@pytest.mark.parametrize("kind", ["llama", "untied"])
+def test_llama_cpp_reads_what_is_written(tmp_path, kind, form):
+    pytest.importorskip("xllamacpp", reason="pip install xllamacpp")
+    _, model, params, tokeniser = written(tmp_path, f"gguf:{form}".removesuffix(":f16"), kind, bpe())
+    tokens = tokeniser.encode(TEXT)
+    scores_TV = jax.nn.log_softmax(logits(model, params, [tokens])[0])
+    # It keeps what is no whole character to itself: ask where the likeliest token is one, by a margin.
+    ahead_T2 = jax.lax.top_k(scores_TV, 2)[0]
+    end = next(
+        t
+        for t in range(5, len(tokens))
+        if (ahead_T2[t, 0] > ahead_T2[t, 1] + 0.3)
+        and tokeniser.decode([int(scores_TV[t].argmax())]).isascii()
+        and tokeniser.encode(tokeniser.decode(tokens[: t + 1])) == tokens[: t + 1]
+    )
+    prompt = tokeniser.decode(tokens[: end + 1])
+    command = [sys.executable, "-c", LLAMA_CPP, str(tmp_path / "out" / f"model-{form}.gguf"), prompt]
+    done = subprocess.run(command, capture_output=True, text=True)
+    line = next(x for x in done.stdout.splitlines() if x.startswith("answer "))
+    answer = json.loads(line.removeprefix("answer "))
+    assert answer["usage"]["prompt_tokens"] == end + 1
+    best = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+    want = scores_TV[end, np.array([x["id"] for x in best])]
+    assert len(best) == 20
+    np.testing.assert_allclose([x["logprob"] for x in best], want, atol=0.02 if form == "f16" else 0.3)
+
+
 @pytest.mark.oracle
 @pytest.mark.parametrize("kind", ["Llama", "GPT2"])
 def test_what_transformers_writes_is_read(tmp_path, kind):
