@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compress_tools import DEVICES, LENGTH, batch, configured, initial, made, plain_place, train
+from compress_tools import DEVICES, LENGTH, VOCABULARY, batch, configured, initial, made, plain_place, train
 from safetensors.numpy import load_file
 
 from fastformer import compress, models, tasks
@@ -17,6 +17,7 @@ from fastformer.compress.divergence import DIVERGENCES, of_hidden, of_logits, of
 from fastformer.core.errors import UserError
 from fastformer.core.trees import paths
 from fastformer.data.tokenisers import load_tokeniser
+from fastformer.models import Head
 from fastformer.train import loop, modes
 from fastformer.train.checkpoint import Checkpoints
 
@@ -181,6 +182,14 @@ def test_chunks_of_the_loss_are_refused(folder, teacher, tmp_path):
     config = configured(folder, "distil", distil__teacher=teacher, model__loss_chunk=4)
     with pytest.raises(UserError, match="config.model.loss_chunk: distillation compares all logits"):
         loop.train(config, tmp_path, DEVICES)
+
+
+@pytest.mark.parametrize("head", [Head(0), Head(2, pooled=False)])
+def test_tasks_without_tokens_or_classes_are_refused(tmp_path, head):
+    config = configured(tmp_path, "distil", distil__teacher="x", model__name="encoder")
+    compression, model = compress.build(config), models.build(config, VOCABULARY, LENGTH, head)
+    with pytest.raises(UserError, match="config.task.name: distillation compares tokens or classes"):
+        compression.model(model)
 
 
 @pytest.mark.parametrize("task, model", [("digits", "encoder"), ("recall", "decoder")])

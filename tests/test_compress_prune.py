@@ -127,6 +127,11 @@ def test_masks_are_laid_out_as_their_weights(folder, tmp_path):
         ("prune", {"prune__scope": "layer"}, "prune.scope: 'layer' is unknown"),
         ("prune", {"prune__matrices": ("mlp",)}, "prune.matrices[0]: 'mlp' matches no matrix"),
         ("prune", {"prune__start": 5, "prune__end": 3}, "prune.end: 3 is not allowed"),
+        (
+            "prune",
+            {"prune__score": "wanda", "prune__matrices": ("embedding",)},
+            "prune.matrices: wanda has no inputs to know embedding by",
+        ),
     ],
     ids=lambda x: x if isinstance(x, str) and ":" in x else "",
 )
@@ -134,12 +139,6 @@ def test_mistakes(folder, tmp_path, methods, settings, message):
     with pytest.raises(UserError, match=re.escape(f"config.compress.{message}")) as error:
         setup.build_run(configured(folder, methods, **settings), tmp_path, DEVICES)
     assert "\n" not in str(error.value)
-
-
-def test_what_is_quantised_already_is_not_pruned(folder):
-    compression, model, _, params = made(configured(folder, "quantise", "prune"))
-    with pytest.raises(UserError, match="config.compress.prune.sparsity: .* name prune before quantise"):
-        compression.export(model, params, None)
 
 
 def test_a_pruned_run_stores_no_zeros(folder, tmp_path, capsys):

@@ -16,7 +16,8 @@ from qwix import QArray
 from fastformer import compress
 from fastformer.compress import store
 from fastformer.compress.method import Calibration
-from fastformer.compress.sites import sites
+from fastformer.compress.numerics import Format, dequantise, linear, quantise_weight
+from fastformer.compress.sites import Site, sites
 from fastformer.core.errors import UserError
 from fastformer.core.trees import paths
 from fastformer.decode.generate import decode_step
@@ -79,15 +80,34 @@ def test_biases_are_added_to_rounded_products(folder):
 
 
 def test_int4_is_stored_in_the_range_of_int4_with_scales_by_output_or_group(folder):
-    found = {}
+    found, heads = {}, {}
     for group in (0, 8):
         made_ = made(configured(folder, "quantise", quantise__format="int4", quantise__group=group))
-        found[group] = stored_paths(export(*made_[:2], made_[3]))["layer_0/mlp/down/weight"]
+        stored = stored_paths(export(*made_[:2], made_[3]))
+        found[group], heads[group] = stored["layer_0/mlp/down/weight"], stored["layer_0/mixer/out/weight"]
         assert found[group].qvalue.dtype == jnp.int4
         values = np.asarray(found[group].qvalue).astype(np.int8)
         assert values.min() >= -8 and values.max() == 7
     assert found[0].scale.shape == (1, 16) and found[0].scale.dtype == jnp.float32
     assert found[8].scale.shape == (2, 16) and found[8].scale.dtype == jnp.bfloat16
+    # Inputs that have heads share no scale with those of another head.
+    assert heads[8].qvalue.shape == (2, 8, 16)
+    assert heads[0].scale.shape == (1, 1, 16) and heads[8].scale.shape == (2, 1, 16)
+
+
+@pytest.mark.parametrize("group", [4, 8])
+def test_stored_groups_are_multiplied_as_what_they_stand_for(group):
+    site = Site("layer_0/mixer/out/weight", "BTHP,HPD->BTD", (3, 8, 16), False)
+    rng = np.random.default_rng(0)
+    sizes = np.exp(2 * rng.standard_normal((3, 1, 1)))  # heads of other sizes need other scales
+    weight = jnp.asarray(sizes * rng.standard_normal((3, 8, 16)), jnp.float32)
+    x = jnp.asarray(rng.standard_normal((2, 5, 3, 8)), jnp.float32)
+    form = Format("int4", group=group)
+    stored = quantise_weight(weight, site, form)
+    far = jnp.abs(dequantise(stored) - weight).reshape(3, 8 // group, group, 16).max(2)
+    assert np.all(far <= 0.08 * jnp.abs(weight).reshape(3, 8 // group, group, 16).max(2))
+    want = jnp.einsum(site.spec, x, dequantise(stored))
+    np.testing.assert_allclose(linear(site, jnp.float32, x, stored, form, True), want, rtol=1e-5, atol=1e-4)
 
 
 def test_what_is_kept_in_float_and_what_rules_change(folder):
@@ -152,6 +172,11 @@ def test_names_of_methods_and_keys(folder):
     config = configured(folder, "quantize")
     with pytest.raises(UserError, match="compress.methods: 'quantize' is unknown; did you mean quantise?"):
         compress.build(config)
+    for names in (("quantise", "prune"), ("prune", "linearise"), ("linearise", "prune", "distil")):
+        message = r"compress.methods: .*: name (prune|linearise|distil) before (quantise|prune|linearise)$"
+        with pytest.raises(UserError, match=message):
+            compress.build(configured(folder, *names))
+    compress.build(configured(folder, "distil", "linearise", "prune", "quantise"))
     with pytest.raises(UserError, match="quantise is named 2 times"):
         compress.build(configured(folder, "quantise", "quantise"))
     with config.unlocked():

@@ -61,6 +61,12 @@ def test_stored_weights_make_a_tree(tmp_path):
         store.check_fits(found, {"a": {"weight": INT4.T}, "b": FLOAT}, "file")
 
 
+def test_scales_that_do_not_divide_their_numbers_are_told():
+    for scale in (np.ones((5,), np.float32), np.ones((3, 1), np.float32), np.ones((10, 1), np.float32)):
+        with pytest.raises(UserError, match=r"numbers \(5, 7\) with scales .* restore it"):
+            store.tree({"a/weight/qvalue": INT4, "a/weight/scale": scale})
+
+
 @pytest.mark.parametrize("damage", [lambda b: b[:-20], lambda b: b"x" + b[1:], lambda b: b""])
 def test_a_damaged_file_is_told_in_one_line(tmp_path, damage):
     path = tmp_path / "weights.safetensors"

@@ -7,77 +7,22 @@ import os
 import subprocess
 import sys
 
-import flax.linen as nn
-import gguf
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from compress_tools import configured, train
-from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
-from tokenizers import models as token_models
+from interop_tools import KINDS, SIZES, TEXT, WHY, bpe, drawn, logits, written
+from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer
 
 from fastformer import interop, models
 from fastformer.compress.teacher import open_teacher
 from fastformer.core.errors import UserError
 from fastformer.core.seq import whole
-from fastformer.data.tokenisers import BPETokeniser, ByteTokeniser, load_tokeniser
-from fastformer.interop import families, gguf_file
-from fastformer.train import imports, modes
-
-WHY = "pip install torch==2.13.0 transformers"
-TEXT = "def add(a, b):\n    return a + b  # naïve, 1234\n"
-SIZES = {"model__layers": 2, "model__width": 32, "model__heads": 4, "model__ff_width": 64}
-GPT2 = {
-    "model__norm": "layer", "model__mlp": "gelu", "model__positions": "learned", "model__bias": True,
-    "model__norm_epsilon": 1e-5,
-}  # fmt: skip
-KINDS = {
-    "llama": {"model__kv_heads": 2, "model__rope_base": 1e5, "model__norm_epsilon": 1e-5},
-    "untied": {"model__tied": False, "model__head_width": 16},
-    "mistral": {"model__attention__name": "local", "model__attention__window": 8},
-    "gpt2": GPT2,
-}
-
-
-def drawn(model):
-    """Return parameters, every one away from its initial value."""
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32), whole(1, 2)))
-    leaves, tree = jax.tree.flatten(shapes["params"])
-    rng = np.random.default_rng(0)
-    new = [(0.2 * rng.standard_normal(x.shape)).astype(np.float32) + (x.ndim == 1) for x in leaves]
-    return nn.unbox(jax.tree.unflatten(tree, new))
-
-
-def logits(model, params, tokens):
-    return np.asarray(model.apply({"params": params}, jnp.asarray(tokens), whole(*np.shape(tokens)))[0])
-
-
-def bpe():
-    made = Tokenizer(token_models.BPE())
-    made.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    made.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
-    )
-    made.train_from_iterator([TEXT * 50], trainer)
-    return BPETokeniser(made.to_str(), 0, 304)  # three tokens more than it needs, as models have
-
-
-def made(folder, kind, tokeniser=None):
-    tokeniser = tokeniser or ByteTokeniser()
-    config = configured(folder, **SIZES | KINDS[kind])
-    model = models.build(config, tokeniser.size, 64)
-    return config, model, drawn(model), tokeniser
-
-
-def written(folder, form, kind, tokeniser=None):
-    config, model, params, tokeniser = made(folder, kind, tokeniser)
-    interop.write(form, str(folder / "out"), model, lambda: params, tokeniser)
-    return config, model, params, tokeniser
+from fastformer.data.tokenisers import ByteTokeniser, load_tokeniser
+from fastformer.decode import complete
+from fastformer.interop import families
+from fastformer.train import evaluate, imports, modes
 
 
 @pytest.mark.parametrize(
@@ -116,45 +61,6 @@ def test_transformers_reads_what_is_written(tmp_path, kind):
     np.testing.assert_allclose(logits(model, params, [tokens]), want, atol=1e-3)
 
 
-LLAMA_CPP = """
-import json, sys, xllamacpp
-path, prompt = sys.argv[1:]
-params = xllamacpp.CommonParams()
-params.model.path, params.n_ctx, params.warmup, params.cpuparams.n_threads = path, 64, False, 1
-asked = {"prompt": prompt, "max_tokens": 1, "temperature": 0, "logprobs": 20}
-print("answer", json.dumps(xllamacpp.Server(params).handle_completions(asked)))
-"""
-
-
-@pytest.mark.oracle
-@pytest.mark.parametrize("form", ["f16", "q8_0"])
-@pytest.mark.parametrize("kind", ["llama", "untied"])
-def test_llama_cpp_reads_what_is_written(tmp_path, kind, form):
-    pytest.importorskip("xllamacpp", reason="pip install xllamacpp")
-    _, model, params, tokeniser = written(tmp_path, f"gguf:{form}".removesuffix(":f16"), kind, bpe())
-    tokens = tokeniser.encode(TEXT)
-    scores_TV = jax.nn.log_softmax(logits(model, params, [tokens])[0])
-    # It keeps what is no whole character to itself: ask where the likeliest token is one, by a margin.
-    ahead_T2 = jax.lax.top_k(scores_TV, 2)[0]
-    end = next(
-        t
-        for t in range(5, len(tokens))
-        if (ahead_T2[t, 0] > ahead_T2[t, 1] + 0.3)
-        and tokeniser.decode([int(scores_TV[t].argmax())]).isascii()
-        and tokeniser.encode(tokeniser.decode(tokens[: t + 1])) == tokens[: t + 1]
-    )
-    prompt = tokeniser.decode(tokens[: end + 1])
-    command = [sys.executable, "-c", LLAMA_CPP, str(tmp_path / "out" / f"model-{form}.gguf"), prompt]
-    done = subprocess.run(command, capture_output=True, text=True)
-    line = next(x for x in done.stdout.splitlines() if x.startswith("answer "))
-    answer = json.loads(line.removeprefix("answer "))
-    assert answer["usage"]["prompt_tokens"] == end + 1
-    best = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-    want = scores_TV[end, np.array([x["id"] for x in best])]
-    assert len(best) == 20
-    np.testing.assert_allclose([x["logprob"] for x in best], want, atol=0.02 if form == "f16" else 0.3)
-
-
 @pytest.mark.oracle
 @pytest.mark.parametrize("kind", ["Llama", "GPT2"])
 def test_what_transformers_writes_is_read(tmp_path, kind):
@@ -189,24 +95,6 @@ def test_a_bytes_tokeniser_is_the_same_there(tmp_path):
     assert theirs.token_to_id("<|endoftext|>") == 256
 
 
-@pytest.mark.parametrize("kind, bits", [("q8_0", 8.5), ("q4_0", 4.5)])
-def test_gguf_holds_integers(tmp_path, kind, bits):
-    _, model, params, _ = written(tmp_path, f"gguf:{kind}", "llama")
-    reader = gguf.GGUFReader(tmp_path / "out" / f"model-{kind}.gguf")
-    up = next(x for x in reader.tensors if x.name == "blk.1.ffn_up.weight")
-    assert up.n_bytes * 8 / up.n_elements == bits
-    want = np.asarray(params["layer_1"]["mlp"]["up"]["weight"]).T
-    error = np.abs(gguf.dequantize(up.data, up.tensor_type) - want).max()
-    assert 0 < error < np.abs(want).max() / (7 if kind == "q4_0" else 100)
-
-
-def test_pairs_are_turned_and_back():
-    x = np.arange(48.0).reshape(12, 4)
-    turned = gguf_file.rotated(x, 2)
-    np.testing.assert_array_equal(turned[:6, 0] / 4, [0, 2, 4, 1, 3, 5])
-    np.testing.assert_array_equal(gguf_file.rotated(turned, 2, back=True), x)
-
-
 @pytest.mark.parametrize("variant", ["softmax", "gated_delta"])
 def test_stablehlo_runs_without_us(tmp_path, variant):
     config = configured(tmp_path, **SIZES, model__attention__name=variant)
@@ -229,7 +117,7 @@ def test_stablehlo_runs_without_us(tmp_path, variant):
     assert done.stdout.decode().removesuffix("\n") == bytes(tokens[1:]).decode("utf-8", "replace")
 
 
-def test_an_import_goes_where_a_run_does(tmp_path, capsys):
+def test_an_import_goes_where_a_run_does(tmp_path, capsys, monkeypatch):
     tokeniser = bpe()
     written(tmp_path, "huggingface", "llama", tokeniser)
     own = {"data__length": 32, "train__steps": 1, "optimiser__warmup_steps": 1, "evaluate__every": 0}
@@ -241,10 +129,15 @@ def test_an_import_goes_where_a_run_does(tmp_path, capsys):
     modes.evaluate(config, workdir, {})
     quality = json.loads(capsys.readouterr().out)
     assert quality["bits_per_byte"] > 0
+    ends = []
+    monkeypatch.setattr(evaluate, "complete", lambda *args: ends.append(args[3]) or complete(*args))
     modes.generate(config, workdir, {"prompt": ["def"]})
     assert capsys.readouterr().out.startswith("def")
+    assert ends == [tokeniser.eod] == [0]  # which is not the last token
     with pytest.raises(UserError, match="holds an imported model; train elsewhere"):
         train(config, workdir)
+    with pytest.raises(UserError, match="distil is part of training, and an import is not trained"):
+        imports.make(configured(tmp_path, "distil", **own), tmp_path / "new", str(tmp_path / "out"))
     with pytest.raises(UserError, match="holds a run already"):
         imports.make(config, workdir, str(tmp_path / "out"))
     settings = {key: config.model[key] for key in ("norm_epsilon", "rope_base", "kv_heads", "head_width")}
@@ -310,13 +203,53 @@ def test_what_is_refused_by_name(tmp_path):
         ("rope_parameters", {"rope_type": "llama3"}, "its rope_scaling is 'llama3'"),
         ("intermediate_size", 48, "gate_proj.weight is .* and its settings ask for"),
         ("num_hidden_layers", 3, "model.layers.2.* is not there"),
+        (
+            "num_hidden_layers",
+            1,
+            "there is model.layers.1.* and 8 more, for which its",
+        ),
         ("hidden_size", None, "has no hidden_size"),
+        ("hidden_size", 32.0, "its settings make config.model.width 32.0"),
+        ("num_attention_heads", "a", "its settings make config.model.heads 'a'"),
+        ("rms_norm_eps", "x", "holds no settings of a llama"),
+        ("rope_parameters", "linear", "holds no settings of a llama"),
+        ("max_position_embeddings", "9", "positions reach '9' tokens"),
+        ("model_type", ["llama"], "its model_type is"),
     ):
         changed = described | {key: value}
         changed = {k: v for k, v in changed.items() if v is not None}
         (folder / "config.json").write_text(json.dumps(changed))
         refused(message)
     (folder / "config.json").write_text(json.dumps(described))
+    tensors = load_file(folder / "model.safetensors")
+    embedding, gate, norm = (
+        "model.embed_tokens.weight",
+        "model.layers.0.mlp.gate_proj.weight",
+        "model.norm.weight",
+    )
+    for name, change, message in (
+        (embedding, lambda x: None, "has no model.embed_tokens.weight"),
+        (gate, lambda x: None, "gate_proj.weight is not there"),
+        (gate, lambda x: x.T, r"gate_proj.weight is \(32, 64\), and its settings ask for \(64, 32\)"),
+        (gate, lambda x: x.ravel(), r"gate_proj.weight is \(2048,\)"),
+        (norm, lambda x: x.reshape(4, 8), r"model.norm.weight is \(4, 8\)"),
+        (norm, lambda x: np.nan * x, "model.norm.weight has entries that are not finite"),
+        (
+            "model.layers.0.self_attn.q_proj.bias",
+            lambda x: np.zeros(32, np.float32),
+            "there is .*q_proj.bias",
+        ),
+    ):
+        changed = tensors | {name: change(tensors.get(name))}
+        kept = {k: np.ascontiguousarray(v) for k, v in changed.items() if v is not None}
+        save_file(kept, folder / "model.safetensors")
+        refused(message)
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": 1}}')
+    refused("is no index of safetensors")
+    (folder / "model.safetensors.index.json").unlink()
+    (folder / "tokenizer.json").write_bytes(b"\xff")
+    refused("tokenizer.json cannot be read")
     (folder / "tokenizer.json").write_text("{}")
     refused("is no byte-level or WordPiece tokeniser")
     (folder / "model.safetensors").write_bytes(b"not tensors")

@@ -47,6 +47,9 @@ class Watched(Wrapped):
 
     def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the outputs, as ``linen.Module.apply``."""
+        # Padding is left out, but where sources stand apart from targets, each with its own.
+        apart = getattr(bare(self), "reads_sources", False)
+        real_BT = None if apart else args[1].segment_BT > 0
 
         def watch(next_call: Any, args: Any, kwargs: Any, context: Any) -> Any:
             path = "/".join((*context.module.path, "weight"))
@@ -55,7 +58,7 @@ class Watched(Wrapped):
                 and context.method_name == "__call__"
                 and path in self.sites
             ):
-                found = inputs_of(self.sites[path], args[0])
+                found = inputs_of(self.sites[path], args[0], real_BT)
                 before = self.taken.get(path)
                 self.taken[path] = found if before is None else Inputs(*map(jnp.add, before, found))
             return next_call(*args, **kwargs)
@@ -74,17 +77,20 @@ def letters_of(site: Site) -> tuple[str, str, str]:
     return shared, summed, "".join(letter for letter in site.letters if letter not in x)
 
 
-def inputs_of(site: Site, x: jax.Array) -> Inputs:
-    """Return the statistics of one input of a matrix, float32."""
+def inputs_of(site: Site, x: jax.Array, real_BT: jax.Array | None = None) -> Inputs:
+    """Return the statistics of one input of a matrix, float32; of tokens that are real, where it is given."""
     letters = site.spec.split(",")[0]
     shared, summed, _ = letters_of(site)
     tokens = "".join(letter for letter in letters if letter not in shared + summed)
-    sizes = dict(zip(letters, x.shape))
-    x = jnp.einsum(f"{letters}->{shared}{tokens}{summed}", x.astype(jnp.float32))
-    count, inputs = (math.prod(sizes[letter] for letter in some) for some in (tokens, summed))
-    x_SNI = x.reshape(-1, count, inputs)
+    sizes, x = dict(zip(letters, x.shape)), x.astype(jnp.float32)
+    rows, inputs = (math.prod(sizes[letter] for letter in some) for some in (tokens, summed))
+    count = jnp.float32(rows)
+    if real_BT is not None and tokens == "BT" and real_BT.shape == x.shape[:2]:
+        count = real_BT.sum(dtype=jnp.float32)
+        x *= real_BT.reshape(real_BT.shape + (1,) * (x.ndim - 2))
+    x_SNI = jnp.einsum(f"{letters}->{shared}{tokens}{summed}", x).reshape(-1, rows, inputs)
     gram = jnp.einsum("SNI,SNJ->SIJ", x_SNI, x_SNI, precision="highest")
-    return Inputs(gram, jnp.abs(x_SNI).sum(1), jnp.float32(count))
+    return Inputs(gram, jnp.abs(x_SNI).sum(1), count)
 
 
 def blocks(site: Site, weight: jax.Array) -> jax.Array:

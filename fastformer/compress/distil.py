@@ -102,6 +102,11 @@ class Distil(Method):
         config = bare(model).config
         if config.loss_chunk:
             raise UserError("config.model.loss_chunk: distillation compares all logits; set it 0")
+        head = getattr(bare(model), "head", None)
+        if head is not None and not (head.size and head.pooled):
+            raise UserError(
+                "config.task.name: distillation compares tokens or classes, and this task has neither"
+            )
         for field in ("hidden", "relations"):
             if getattr(self, field) and (config.scan or not isinstance(bare(model), Decoder)):
                 raise FieldError(field, "it reads the blocks of a decoder that does not scan them; set it 0")

@@ -19,6 +19,16 @@ from fastformer.core.values import check_kind
 __all__ = ["Compression", "Loss", "Method", "at", "build"]
 
 
+# Which comes before which where both are named: distillation looks at one loss, and linearisation has two;
+# adapters are merged into weights before zeros are among them; integers are neither merged nor pruned.
+BEFORE = (
+    ("distil", "linearise"),
+    ("linearise", "prune"),
+    ("linearise", "quantise"),
+    ("prune", "quantise"),
+)
+
+
 @dataclass(frozen=True)
 class Compression:
     """The methods of a run.
@@ -117,7 +127,8 @@ def build(config: ConfigDict) -> Compression:
     """Return the methods that the section ``compress`` names; every section is checked, named or not.
 
     Raises:
-      UserError: an unknown method or key, a value that cannot be, or a method named twice.
+      UserError: an unknown method or key, a value that cannot be, a method named twice, or an order that
+        cannot be.
     """
     known = ("methods", "batches", *METHODS)
     for key in config.compress:
@@ -138,4 +149,7 @@ def build(config: ConfigDict) -> Compression:
         lookup(METHODS, name, "config.compress.methods")
         if names.count(name) > 1:
             raise UserError(f"config.compress.methods: {name} is named {names.count(name)} times")
+    for first, second in BEFORE:
+        if first in names and second in names and names.index(first) > names.index(second):
+            raise UserError(f"config.compress.methods: {', '.join(names)}: name {first} before {second}")
     return Compression(tuple((name, owned[name]) for name in names))

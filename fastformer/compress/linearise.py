@@ -17,8 +17,6 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from fastformer.compress import transfer
 from fastformer.compress.adapters import KEY, Adapted, adapted
 from fastformer.compress.method import Calibration, Loss, Method, Place, bare, within
-from fastformer.compress.numerics import is_stored
-from fastformer.compress.record import Recorder
 from fastformer.compress.sites import sites
 from fastformer.compress.teacher import Teacher, find, open_teacher
 from fastformer.core.dtypes import COMPUTE
@@ -136,8 +134,6 @@ class Linearise(Method):
         def linearised(
             model: Any, params: Any, batch: Mapping[str, Any], rng: jax.Array | None
         ) -> tuple[jax.Array, jax.Array]:
-            if isinstance(model, Recorder):
-                raise UserError("config.compress.methods: distil looks at one loss; name it before linearise")
             rest = {name: value for name, value in batch.items() if name != KEY}
 
             def tune(params: Any) -> tuple[jax.Array, jax.Array]:
@@ -189,13 +185,7 @@ class Linearise(Method):
         return optax.GradientTransformation(init, update)
 
     def on_export(self, model: Any, params: Any, calibration: Calibration) -> Any:
-        """Return the weights with their adapters merged into them.
-
-        Raises:
-          FieldError: the weights are integers already.
-        """
-        if any(is_stored(leaf) for leaf in flatten_dict(params, sep="/").values()):
-            raise FieldError("rank", "what is quantised is not merged; name linearise before quantise")
+        """Return the weights with their adapters merged into them."""
         return adapted(model).merged(params)
 
     def apart(self, model: Any) -> dict[str, Any]:

@@ -79,4 +79,3 @@ class Method:
     def apart(self, model: Any) -> dict[str, Any]:
         """Return models, by name, that run from the same weights; their quality tells what does the work."""
         return {}
-

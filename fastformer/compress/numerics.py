@@ -22,7 +22,8 @@ class Format:
     Attributes:
       weights: name of the dtype of the weights.
       inputs: name of the dtype of what they are multiplied with; "" leaves it in float.
-      group: inputs that share a scale; 0 is all that an output sums over.
+      group: neighbouring inputs that share a scale, of one head where inputs have heads; 0 is all that an
+        output sums over.
     """
 
     weights: str
@@ -41,12 +42,13 @@ FORMATS: dict[str, Format | None] = {
 
 def quantise_weight(weight: jax.Array, site: Site, form: Format) -> QArray:
     """Return the weight rounded to nearest, with a float32 scale per output or a bfloat16 one per group."""
-    last = site.inputs[-1]
+    *others, last = site.inputs
+    tiles = {axis: 1 for axis in others} | {last: form.group}
     return qwix.quantize(
         weight.astype(jnp.float32),
         jnp.dtype(form.weights),
         channelwise_axes=site.outputs,
-        tiled_axes={last: form.group} if form.group else None,
+        tiled_axes=tiles if form.group else None,
         scale_dtype=jnp.bfloat16 if form.group else None,
     )
 

@@ -13,10 +13,9 @@ import jax.numpy as jnp
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from fastformer.compress.calibrate import Inputs, Text, by_stages
+from fastformer.compress.calibrate import Inputs, Text, by_stages, plain
 from fastformer.compress.masks import above_global, above_matrix, n_of_m
 from fastformer.compress.method import Calibration, Method
-from fastformer.compress.numerics import is_stored
 from fastformer.compress.quantised import without_rounding
 from fastformer.compress.sites import Site, matching, sites
 from fastformer.compress.sparsify import by_sparsegpt, by_wanda
@@ -103,7 +102,10 @@ class Prune(Method):
 
         Raises:
           FieldError: a regular expression matches nothing, or M does not divide a matrix's inputs.
+          UserError: what is calibrated on text has scanned layers.
         """
+        if self.calibrated:
+            plain(model)
         self.chosen(model)
         return model
 
@@ -135,14 +137,7 @@ class Prune(Method):
         return optax.GradientTransformation(init, update)
 
     def on_export(self, model: Any, params: Any, calibration: Calibration) -> Any:
-        """Return the weights at the final sparsity; after a schedule that has ended, as they are.
-
-        Raises:
-          FieldError: the weights are integers already.
-        """
-        flat = flatten_dict(params, sep="/")
-        if any(is_stored(leaf) for leaf in flat.values()):
-            raise FieldError("sparsity", "what is quantised is not pruned; name prune before quantise")
+        """Return the weights at the final sparsity; after a schedule that has ended, as they are."""
         found = self.chosen(model)
         if self.calibrated:
             sparser = SCORES[self.score]
@@ -172,6 +167,9 @@ class Prune(Method):
             paths = [path for path in found if any(path in names for names in named)]
         if not paths:
             raise FieldError("matrices", "the model has no matrix that may be pruned unless it is named")
+        for path in paths if self.calibrated else ():
+            if found[path].table:
+                raise FieldError("matrices", f"{self.score} has no inputs to know {path} by; name others")
         for path in paths if self.pattern else ():
             inputs = math.prod(found[path].shape[axis] for axis in found[path].inputs)
             if inputs % self.kept_of[1]:

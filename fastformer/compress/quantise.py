@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fastformer.compress.calibrate import plain
 from fastformer.compress.method import Calibration, Method
 from fastformer.compress.numerics import FORMATS, Format
 from fastformer.compress.quantised import Quantised
@@ -55,8 +56,11 @@ class Quantise(Method):
 
         Raises:
           FieldError: a rule matches nothing, a group does not divide, or nothing is quantised.
+          UserError: what is calibrated on text has scanned layers.
         """
         found = sites(model)
+        if self.rounding != "nearest":
+            plain(model)
         forms = tuple((found[path], form) for path, form in self.forms(found).items())
         return Quantised(model, forms, self.start)
 
@@ -84,5 +88,6 @@ class Quantise(Method):
             return form
         inputs = site.shape[site.inputs[-1]]
         if inputs % self.group:
-            raise FieldError("group", f"{self.group} does not divide the {inputs} inputs of {site.path}")
+            of = "inputs of a head" if len(site.inputs) > 1 else "inputs"
+            raise FieldError("group", f"{self.group} does not divide the {inputs} {of} of {site.path}")
         return dataclasses.replace(form, group=self.group)

@@ -97,7 +97,7 @@ def tree(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Return the parameters whose leaves' paths name ``arrays``, QArrays put together.
 
     Raises:
-      UserError: one stands below another.
+      UserError: one stands below another, or scales do not divide their numbers.
     """
     root: dict[str, Any] = {}
     for path, array in sorted(arrays.items()):
@@ -115,7 +115,11 @@ def _joined(node: Any) -> Any:
     if not isinstance(node, dict):
         return node
     if set(node) == {"qvalue", "scale"} and not any(isinstance(x, dict) for x in node.values()):
-        return QArray(node["qvalue"], node["scale"])
+        qvalue, scale = node["qvalue"], node["scale"]
+        if qvalue.ndim != scale.ndim or any(b == 0 or a % b for a, b in zip(qvalue.shape, scale.shape)):
+            shapes = f"numbers {qvalue.shape} with scales {scale.shape}"
+            raise UserError(f"--workdir: its {WEIGHTS} has {shapes}, which do not divide them; restore it")
+        return QArray(qvalue, scale)
     return {name: _joined(value) for name, value in node.items()}
 
 

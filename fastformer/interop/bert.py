@@ -94,6 +94,7 @@ BERT = Family(
     bert_back,
     turned=True,
     tidy=bare_names,
+    ignored=r"(pooler|cls|classifier|qa_outputs)\..*|.*\.position_ids",  # heads
 )
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from fastformer.core.errors import UserError
+from fastformer.core.errors import MALFORMED, UserError
 
 # What the models below have in common; what a family does not say is so.
 PLAIN = {
@@ -43,6 +45,7 @@ class Family(NamedTuple):
       settings: theirs -> config.model's and the tokens that positions reach, or raises. back: the reverse.
       turned: theirs are [out, in], as torch's linear layers have them; ours [in, out].
       tidy: the weights of a directory -> the same by the names above.
+      ignored: regular expression over the names of what may be left over: heads, buffers, what is known.
     """
 
     name: str
@@ -52,6 +55,7 @@ class Family(NamedTuple):
     back: Callable[[Any, int, int], dict[str, Any]]
     turned: bool
     tidy: Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]] = dict
+    ignored: str = r"lm_head\.weight|.*rotary_emb\..*"
 
     def rows(self, layers: int, tied: bool) -> list[Row]:
         """Return every weight of a model with so many layers."""
@@ -65,18 +69,46 @@ def ours(family: Family, theirs: Mapping[str, np.ndarray], shapes: Any, layers: 
     """Return our parameters; ``shapes`` are those of our model.
 
     Raises:
-      UserError: a weight is not there, or of another size.
+      UserError: a weight is not there, of another shape, not finite, or one that our model has no place for.
     """
-    wanted, found = flatten_dict(shapes, sep="/"), {}
-    for row in family.rows(layers, tied):
+    wanted, found, rows = flatten_dict(shapes, sep="/"), {}, family.rows(layers, tied)
+    placed = {row.theirs for row in rows}
+    left = [name for name in theirs if name not in placed and not re.fullmatch(family.ignored, name)]
+    if left:
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        raise UserError(f"--weights: there is {left[0]}{more}, for which its settings have no place")
+    for row in rows:
         if row.theirs not in theirs:
             raise UserError(f"--weights: {row.theirs} is not there, which a model of type {family.name} has")
         x, shape = theirs[row.theirs], wanted[row.ours].shape
+        flat = (math.prod(shape[: row.inputs]), math.prod(shape[row.inputs :]))
+        # Vectors have no heads there; matrices have two axes.
+        asked = flat if row.inputs else (math.prod(shape),) if row.ours.endswith("/bias") else shape
+        asked = asked[::-1] if row.inputs and family.turned else asked
+        if x.shape != asked:
+            raise UserError(f"--weights: {row.theirs} is {x.shape}, and its settings ask for {asked}")
+        if not np.isfinite(x).all():
+            raise UserError(f"--weights: {row.theirs} has entries that are not finite")
         x = x.T if row.inputs and family.turned else x
-        if x.size != np.prod(shape):
-            raise UserError(f"--weights: {row.theirs} is {x.shape}, and its settings ask for {shape}")
         found[row.ours] = np.ascontiguousarray(x.reshape(shape), np.float32)
     return unflatten_dict(found, sep="/")
+
+
+def settled(family: Family, theirs: Mapping[str, Any], where: str) -> tuple[dict[str, Any], int]:
+    """Return config.model's settings and the tokens that positions reach.
+
+    Raises:
+      UserError: one is missing, of another kind, or not of our models.
+    """
+    try:
+        found, longest = family.settings(theirs)
+        if type(longest) is not int:
+            raise TypeError(f"positions reach {longest!r} tokens")
+        return found, longest
+    except KeyError as error:
+        raise UserError(f"--weights: {where} has no {error.args[0]}") from error
+    except MALFORMED as error:
+        raise UserError(f"--weights: {where} holds no settings of a {family.name} ({error})") from error
 
 
 def back(family: Family, params: Any, layers: int, tied: bool) -> dict[str, np.ndarray]:
@@ -272,6 +304,7 @@ GPT2 = Family(
     gpt2_back,
     turned=False,
     tidy=split,
+    ignored=r"lm_head\.weight|.*\.attn\.(masked_)?bias",  # masks
 )
 
 HELD = ("softmax", "local")  # attention that they have

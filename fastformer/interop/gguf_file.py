@@ -94,9 +94,10 @@ class File:
             "tie_word_embeddings": "output.weight" not in names,
             "max_position_embeddings": self.field("llama.context_length", 2048),
         }
-        # A float32 of the file says 1e-05 as 9.99999974738e-06.
-        there["rms_norm_eps"] = float(str(np.float32(there["rms_norm_eps"])))
-        return LLAMA.settings(there)
+        if isinstance(there["rms_norm_eps"], float):
+            # A float32 of the file says 1e-05 as 9.99999974738e-06.
+            there["rms_norm_eps"] = float(str(np.float32(there["rms_norm_eps"])))
+        return families.settled(LLAMA, there, str(self.path))
 
     def weights(self, heads: int, kv_heads: int) -> dict[str, np.ndarray]:
         """Return the weights by their names in a Hugging Face directory, float32."""
@@ -121,14 +122,16 @@ class File:
         kind, pieces = self.field("tokenizer.ggml.model"), self.field("tokenizer.ggml.pre", "gpt-2")
         if kind != "gpt2" or pieces not in PIECES:
             raise families.refused("tokeniser", f"{kind}, {pieces}", f"gpt2, {' or '.join(PIECES)}")
-        tokens = self.field("tokenizer.ggml.tokens")
-        merges = [tuple(merge.split(" ")) for merge in self.field("tokenizer.ggml.merges")]
-        made = tokenizers.Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+        tokens, end = self.field("tokenizer.ggml.tokens"), self.field("tokenizer.ggml.eos_token_id")
+        if not tokens or end not in range(len(tokens)):
+            raise UserError(f"--weights: {self.path} has no tokens, or none that ends a text")
+        numbers = {token: i for i, token in enumerate(tokens)}
+        merges = [tuple(merge.split(" ")) for merge in self.field("tokenizer.ggml.merges", [])]
+        made = tokenizers.Tokenizer(models.BPE(numbers, [x for x in merges if "".join(x) in numbers]))
         made.pre_tokenizer, made.decoder = PIECES[pieces](), decoders.ByteLevel()
         types = self.field("tokenizer.ggml.token_type", [1] * len(tokens))
         made.add_special_tokens([token for token, type_ in zip(tokens, types) if type_ == CONTROL])
-        end = tokens[self.field("tokenizer.ggml.eos_token_id")]
-        return from_library(made.to_str(), end, len(tokens), str(self.path))
+        return from_library(made.to_str(), tokens[end], len(tokens), str(self.path))
 
 
 def write(path: Path, model: Any, params: Any, tokeniser: Tokeniser, kind: str) -> None:
@@ -214,7 +217,8 @@ def _add_tokeniser(writer: gguf.GGUFWriter, tokeniser: Tokeniser, pieces: str) -
     unused = 5
     types = [CONTROL if i in special else 1 if i in names else unused for i in range(count)]
     writer.add_token_types(types)
-    merges = described["model"]["merges"]
+    # It asks for merges; of bytes one that makes no token, and is not made.
+    merges = described["model"]["merges"] or ["! !"]
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
     writer.add_eos_token_id(tokeniser.eod)
     writer.add_bos_token_id(tokeniser.eod)

@@ -10,7 +10,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from fastformer.core.errors import UserError
+from fastformer.core.errors import MALFORMED, UserError
 from fastformer.data.tokenisers import BPETokeniser, Tokeniser, WordPieceTokeniser
 from fastformer.interop import bert, families
 from fastformer.interop.families import GPT2, LLAMA, Family
@@ -53,12 +53,9 @@ def settings(folder: Path) -> tuple[Family, dict[str, Any], int]:
     """
     found = _json(folder / CONFIG)
     kind = found.get("model_type")
-    if kind not in FAMILIES:
+    if kind not in [*FAMILIES]:  # a list, for it may have no hash
         raise families.refused("model_type", kind, ", ".join(FAMILIES))
-    try:
-        return FAMILIES[kind], *FAMILIES[kind].settings(found)
-    except KeyError as error:
-        raise UserError(f"--weights: {folder / CONFIG} has no {error.args[0]}") from error
+    return FAMILIES[kind], *families.settled(FAMILIES[kind], found, str(folder / CONFIG))
 
 
 def weights(folder: Path, family: Family) -> dict[str, np.ndarray]:
@@ -71,7 +68,7 @@ def weights(folder: Path, family: Family) -> dict[str, np.ndarray]:
     if (folder / INDEX).is_file():
         try:
             files = [folder / name for name in sorted(set(_json(folder / INDEX)["weight_map"].values()))]
-        except (KeyError, AttributeError) as error:
+        except MALFORMED as error:
             raise UserError(f"--weights: {folder / INDEX} is no index of safetensors") from error
     for path in files:
         if not path.is_file():
@@ -85,7 +82,10 @@ def weights(folder: Path, family: Family) -> dict[str, np.ndarray]:
                 found |= {name: np.asarray(file.get_tensor(name), np.float32) for name in file.keys()}
         except (OSError, SafetensorError, ValueError) as error:
             raise UserError(f"--weights: {path} cannot be read ({str(error).splitlines()[0]})") from error
-    return dict(family.tidy(found))
+    try:
+        return dict(family.tidy(found))
+    except MALFORMED as error:
+        raise UserError(f"--weights: {folder} holds no weights of a {family.name} ({error})") from error
 
 
 def tokeniser(folder: Path, vocabulary: int) -> Tokeniser:
@@ -101,7 +101,11 @@ def tokeniser(folder: Path, vocabulary: int) -> Tokeniser:
         theirs = _json(folder / "tokenizer_config.json")
     end = theirs.get("eos_token")
     end = end.get("content") if isinstance(end, dict) else end
-    return from_library(path.read_text("utf-8"), end, vocabulary, str(path))
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"--weights: {path} cannot be read ({error})") from error
+    return from_library(text, end, vocabulary, str(path))
 
 
 def from_library(model: str, end: str | None, vocabulary: int, name: str) -> Tokeniser:
@@ -156,7 +160,7 @@ def _json(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text("utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"--weights: {path.parent} holds no {path.name}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, *MALFORMED) as error:
         raise UserError(f"--weights: {path} cannot be read ({error})") from error
     if not isinstance(found, dict):
         raise UserError(f"--weights: {path} holds no settings")

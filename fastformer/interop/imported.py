@@ -56,7 +56,9 @@ def read(source: str, config: ConfigDict) -> Imported:
             folder = huggingface.fetch(source)
         family, settings, longest = huggingface.settings(folder)
         theirs = huggingface.weights(folder, family)
-        vocabulary = len(theirs.get(family.top[0].theirs, ()))
+        if family.top[0].theirs not in theirs:
+            raise UserError(f"--weights: {folder} has no {family.top[0].theirs}")
+        vocabulary = len(theirs[family.top[0].theirs])
         tokeniser = huggingface.tokeniser(folder, vocabulary)
     config = _with(config, settings, longest)
     for row in family.top:
@@ -75,5 +77,8 @@ def _with(config: ConfigDict, settings: dict[str, Any], longest: int) -> ConfigD
     if config.data.length > longest:
         raise UserError(f"config.data.length: {config.data.length} is not allowed; the model knows {longest}")
     for key, value in settings.items():
-        config.model[key] = ConfigDict(value) if isinstance(value, dict) else value
+        try:
+            config.model[key] = ConfigDict(value) if isinstance(value, dict) else value
+        except TypeError as error:
+            raise UserError(f"--weights: its settings make config.model.{key} {value!r}, of another kind") from error
     return config.lock()

@@ -13,6 +13,7 @@ import numpy as np
 from fastformer.core.config import section
 from fastformer.core.errors import require
 from fastformer.core.mesh import batch_sharding, use
+from fastformer.data.tokenisers import Tokeniser
 from fastformer.decode import GenerateConfig, TokenByToken, check_rows, complete, stored
 from fastformer.tasks.task import Complete
 from fastformer.train.setup import Run
@@ -107,7 +108,7 @@ def apart(run: Run, params: Any, limit: int = 0) -> dict[str, float]:
 def decoded(run: Run, params: Any, limit: int = 0) -> dict[str, float]:
     """Return the metrics of what ``params`` generate for the first ``limit`` held-out rows (0: all)."""
     with use(run.mesh, run.rules):
-        found = run.task.decoded(completer(run, params), run.data, limit)
+        found = run.task.decoded(completer(run, params, run.data.tokeniser), run.data, limit)
     return found | through_state(run, params)
 
 
@@ -129,11 +130,10 @@ def through_state(run: Run, params: Any) -> dict[str, float]:
     return found
 
 
-def completer(run: Run, params: Any) -> Complete:
+def completer(run: Run, params: Any, tokeniser: Tokeniser) -> Complete:
     """Return how prompts in tokens are completed, by config.generate; within core.mesh.use."""
     options = section(GenerateConfig, run.config, "generate")
-    end = run.model.vocabulary - 1  # a tokeniser's last token ends a document
-    return lambda rows: complete(run.model, params, rows, end, options, run.config.data.length)
+    return lambda rows: complete(run.model, params, rows, tokeniser.eod, options, run.config.data.length)
 
 
 def check_samples(run: Run) -> None:

@@ -19,6 +19,8 @@ from fastformer.data.atomic import atomic, make_directory
 from fastformer.data.tokenisers import OF_RUN
 from fastformer.train import deployed, setup
 
+ONCE = ("prune", "quantise")  # the methods that change weights which are not trained
+
 
 def make(config: ConfigDict, workdir: Path, source: str) -> str:
     """Make a workdir of the model in ``source``, to be evaluated, sampled, taught from and begun with.
@@ -32,6 +34,12 @@ def make(config: ConfigDict, workdir: Path, source: str) -> str:
     """
     if (workdir / CONFIG).exists():
         raise UserError(f"--workdir: {workdir} holds a run already; choose another")
+    for name in config.compress.methods:
+        if name not in ONCE:
+            raise UserError(
+                f"config.compress.methods: {name} is part of training, and an import is not trained; "
+                f"allowed here: {', '.join(ONCE)}"
+            )
     found = interop.read(source, config)
     config = found.config.copy_and_resolve_references().unlock()
     config.data.tokeniser = f"{OF_RUN}{workdir}"

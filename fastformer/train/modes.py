@@ -76,7 +76,7 @@ def generate(config: ConfigDict, workdir: Path, asked: Asked) -> None:
     run = setup.Run(config, workdir, mesh, axis_rules, None, model, task, compression)
     params = deployed.restore(run)
     with use(mesh, axis_rules):
-        found = task.respond(completer(run, params), tokeniser, asked, model, params)
+        found = task.respond(completer(run, params, tokeniser), tokeniser, asked, model, params)
     for index, text in enumerate(found):
         if task.asks == ("prompt",) and len(found) > 1:
             print(f"{'' if index == 0 else chr(10)}--- prompt {index + 1}")

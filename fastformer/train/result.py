@@ -80,7 +80,7 @@ def write_result(
     """
     config, step = run.config, int(state.step)
     decodes, decoder = hasattr(run.model, "init_state"), stored(run.model, config.generate.state)
-    samples = run.task.samples(completer(run, weights), run.data, config.generate.prompt)
+    samples = run.task.samples(completer(run, weights, run.data.tokeniser), run.data, config.generate.prompt)
     packed = deployed.to_bytes(run, weights)
     found = {
         "name": config.name,
