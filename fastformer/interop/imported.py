@@ -80,5 +80,6 @@ def _with(config: ConfigDict, settings: dict[str, Any], longest: int) -> ConfigD
         try:
             config.model[key] = ConfigDict(value) if isinstance(value, dict) else value
         except TypeError as error:
-            raise UserError(f"--weights: its settings make config.model.{key} {value!r}, of another kind") from error
+            kind = f"config.model.{key} {value!r}, which is of another kind"
+            raise UserError(f"--weights: its settings make {kind}") from error
     return config.lock()
