@@ -93,7 +93,7 @@ def get_config() -> ConfigDict:
     c.compress.quantise = ConfigDict()
     c.compress.quantise.format = "int8"  # int8_weights, int4, fp8, float: of matrices that no rule names
     c.compress.quantise.rules = ()  # ("embedding=int8", ".*/mlp/.*=int4"): paths=format; the first counts
-    c.compress.quantise.group = 0  # inputs that share a scale where inputs stay float; 0 is all of an output
+    c.compress.quantise.group = 0  # inputs (of a head) that share a scale where inputs stay float; 0: all
     c.compress.quantise.start = 0  # steps in float before the rounding; train.steps is rounding at the end
     c.compress.quantise.rounding = "nearest"  # or gptq, awq: of what is stored in the end
     c.compress.prune = ConfigDict()
