@@ -6,7 +6,7 @@ Question: the quickstart's trained model gets a window of 32 tokens, a learned f
   hybrid keep alone?
 Command: python launch.py --experiment=experiments/linearisation
 Hardware: 2 CPU cores
-Minutes: 35
+Minutes: 25
 Expectation: lolcats loses least and hedgehog, which has no window, most; transfer helps. Of lolcats the
   window alone comes near to both together, and the linear part alone is far off.
 Source: Zhang et al. 2024, Hedgehog (2402.04347) and LoLCATs (2410.10254); Benfeghoul et al. 2025
@@ -27,7 +27,11 @@ ARMS = {
     "hybrid": "hedgehog and softmax layers in turn",
 }
 SEEDS = (0, 1)
-QUALITY = ("quality.bits_per_byte",)
+QUALITY = (
+    "quality.bits_per_byte",
+    "quality.bits_per_byte_window_alone",
+    "quality.bits_per_byte_linear_alone",
+)
 
 
 def get_config(arm: str) -> ConfigDict:

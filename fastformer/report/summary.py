@@ -124,7 +124,8 @@ def _table(experiment: Experiment, rows: Rows) -> str:
         for metric, (_, write_mean) in columns.items():
             values = samples(experiment, rows, metric)[arm]
             mean = sum(values) / len(values) if values else None
-            cells.append(write_mean(mean) if write_mean else tables.mean_std(values))
+            none = done and not values  # as the speed of training of a run that does not train
+            cells.append("none" if none else write_mean(mean) if write_mean else tables.mean_std(values))
         lines.append(cells)
     return tables.table(("arm", "seeds", *(heading for heading, _ in columns.values())), lines)
 
