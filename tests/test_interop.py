@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -178,36 +179,33 @@ def test_what_a_format_cannot_hold(tmp_path, settings, message):
         families.family_of(model.config)
 
 
-def test_what_is_refused_by_name(tmp_path):
-    config, model, params, tokeniser = written(tmp_path, "huggingface", "llama", bpe())
-    folder, fresh = tmp_path / "out", configured(tmp_path, data__length=64)
+LAYER, NORM, EMBEDDING = "model.layers.0.", "model.norm.weight", "model.embed_tokens.weight"
+GATE, BIAS = f"{LAYER}mlp.gate_proj.weight", f"{LAYER}self_attn.q_proj.bias"
 
-    def refused(match, source=folder, config=fresh):
-        with pytest.raises(UserError, match=match) as error:
-            interop.read(str(source), config)
-        assert "\n" not in str(error.value)
 
-    refused("there is no nowhere/at/all", "nowhere/at/all")
-    refused(
-        "data.length: 65 is not allowed; the model knows 64", config=configured(tmp_path, data__length=65)
-    )
-    with pytest.raises(UserError, match="is there already"):
-        interop.write("huggingface", str(folder), model, lambda: params, tokeniser)
-    with pytest.raises(UserError, match="did you mean gguf"):
-        interop.write("ggfu", str(tmp_path / "new"), model, lambda: params, tokeniser)
-    described = json.loads((folder / "config.json").read_text())
-    for key, value, message in (
+@pytest.fixture
+def directory(tmp_path):
+    written(tmp_path, "huggingface", "llama", bpe())
+    return tmp_path / "out"
+
+
+def refused(match, source, folder=None, **settings):
+    config = configured(folder or Path(source).parent, **{"data__length": 64} | settings)
+    with pytest.raises(UserError, match=match) as error:
+        interop.read(str(source), config)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
         ("model_type", "t5", "its model_type is 't5'"),
         ("hidden_act", "relu", "its hidden_act is 'relu'"),
         ("attention_bias", True, "its attention_bias is True"),
         ("rope_parameters", {"rope_type": "llama3"}, "its rope_scaling is 'llama3'"),
         ("intermediate_size", 48, "gate_proj.weight is .* and its settings ask for"),
         ("num_hidden_layers", 3, "model.layers.2.* is not there"),
-        (
-            "num_hidden_layers",
-            1,
-            "there is model.layers.1.* and 8 more, for which its",
-        ),
+        ("num_hidden_layers", 1, "there is model.layers.1.* and 8 more, for which its"),
         ("hidden_size", None, "has no hidden_size"),
         ("hidden_size", 32.0, "its settings make config.model.width 32.0"),
         ("num_attention_heads", "a", "its settings make config.model.heads 'a'"),
@@ -215,52 +213,68 @@ def test_what_is_refused_by_name(tmp_path):
         ("rope_parameters", "linear", "holds no settings of a llama"),
         ("max_position_embeddings", "9", "positions reach '9' tokens"),
         ("model_type", ["llama"], "its model_type is"),
-    ):
-        changed = described | {key: value}
-        changed = {k: v for k, v in changed.items() if v is not None}
-        (folder / "config.json").write_text(json.dumps(changed))
-        refused(message)
-    (folder / "config.json").write_text(json.dumps(described))
-    tensors = load_file(folder / "model.safetensors")
-    embedding, gate, norm = (
-        "model.embed_tokens.weight",
-        "model.layers.0.mlp.gate_proj.weight",
-        "model.norm.weight",
-    )
-    for name, change, message in (
-        (embedding, lambda x: None, "has no model.embed_tokens.weight"),
-        (gate, lambda x: None, "gate_proj.weight is not there"),
-        (gate, lambda x: x.T, r"gate_proj.weight is \(32, 64\), and its settings ask for \(64, 32\)"),
-        (gate, lambda x: x.ravel(), r"gate_proj.weight is \(2048,\)"),
-        (norm, lambda x: x.reshape(4, 8), r"model.norm.weight is \(4, 8\)"),
-        (norm, lambda x: np.nan * x, "model.norm.weight has entries that are not finite"),
-        (
-            "model.layers.0.self_attn.q_proj.bias",
-            lambda x: np.zeros(32, np.float32),
-            "there is .*q_proj.bias",
-        ),
-    ):
-        changed = tensors | {name: change(tensors.get(name))}
-        kept = {k: np.ascontiguousarray(v) for k, v in changed.items() if v is not None}
-        save_file(kept, folder / "model.safetensors")
-        refused(message)
-    save_file(tensors, folder / "model.safetensors")
-    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": 1}}')
-    refused("is no index of safetensors")
-    (folder / "model.safetensors.index.json").unlink()
-    (folder / "tokenizer.json").write_bytes(b"\xff")
-    refused("tokenizer.json cannot be read")
-    (folder / "tokenizer.json").write_text("{}")
-    refused("is no byte-level or WordPiece tokeniser")
-    (folder / "model.safetensors").write_bytes(b"not tensors")
-    refused("model.safetensors cannot be read")
-    (folder / "model.safetensors").unlink()
-    (folder / "pytorch_model.bin").write_bytes(b"")
-    refused("pytorch_model.bin may run code")
+    ],
+)
+def test_settings_that_are_refused(directory, key, value, message):
+    changed = json.loads((directory / "config.json").read_text()) | {key: value}
+    changed = {k: v for k, v in changed.items() if v is not None}
+    (directory / "config.json").write_text(json.dumps(changed))
+    refused(message, directory)
+
+
+@pytest.mark.parametrize(
+    "name, change, message",
+    [
+        (EMBEDDING, lambda x: None, "has no model.embed_tokens.weight"),
+        (GATE, lambda x: None, "gate_proj.weight is not there"),
+        (GATE, lambda x: x.T, r"gate_proj.weight is \(32, 64\), and its settings ask for \(64, 32\)"),
+        (GATE, lambda x: x.ravel(), r"gate_proj.weight is \(2048,\)"),
+        (NORM, lambda x: x.reshape(4, 8), r"model.norm.weight is \(4, 8\)"),
+        (NORM, lambda x: np.nan * x, "model.norm.weight has entries that are not finite"),
+        (BIAS, lambda x: np.zeros(32, np.float32), "there is .*q_proj.bias, for which its settings"),
+    ],
+)
+def test_weights_that_are_refused(directory, name, change, message):
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    changed = tensors | {name: change(tensors.get(name))}
+    save_file({k: np.ascontiguousarray(v) for k, v in changed.items() if v is not None}, file)
+    refused(message, directory)
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("model.safetensors.index.json", b'{"weight_map": {"a": 1}}', "is no index of safetensors"),
+        ("tokenizer.json", b"\xff", "tokenizer.json cannot be read"),
+        ("tokenizer.json", b"{}", "is no byte-level or WordPiece tokeniser"),
+        ("config.json", b"[" * 100_000, "config.json cannot be read"),
+        ("model.safetensors", b"not tensors", "model.safetensors cannot be read"),
+    ],
+)
+def test_damaged_files_are_refused(directory, name, content, message):
+    (directory / name).write_bytes(content)
+    refused(message, directory)
+
+
+def test_what_is_no_model_is_refused(directory, tmp_path):
+    refused("there is no nowhere/at/all", "nowhere/at/all", tmp_path)
+    refused("data.length: 65 is not allowed; the model knows 64", directory, data__length=65)
+    (directory / "model.safetensors").unlink()
+    (directory / "pytorch_model.bin").write_bytes(b"")
+    refused("pytorch_model.bin may run code", directory)
     (tmp_path / "a.bin").write_bytes(b"")
     refused("other files may run code", tmp_path / "a.bin")
     (tmp_path / "a.gguf").write_bytes(b"GGUFnothing")
     refused("cannot be read as GGUF", tmp_path / "a.gguf")
+
+
+def test_outputs_that_are_refused(tmp_path):
+    _, model, params, tokeniser = written(tmp_path, "huggingface", "llama", bpe())
+    with pytest.raises(UserError, match="is there already"):
+        interop.write("huggingface", str(tmp_path / "out"), model, lambda: params, tokeniser)
+    with pytest.raises(UserError, match="did you mean gguf"):
+        interop.write("ggfu", str(tmp_path / "new"), model, lambda: params, tokeniser)
 
 
 def test_a_hub_that_is_not_there_says_what_to_do(tmp_path, monkeypatch):
