@@ -102,7 +102,7 @@ def get_config() -> ConfigDict:
     c.compress.prune.scope = "global"  # or matrix: weights compete over all matrices, or within each
     c.compress.prune.matrices = ()  # regexes of paths; () is all but embedding, head, gates and decays
     c.compress.prune.start = 0  # updates before the first zeros
-    c.compress.prune.end = 0  # updates when the last come, cubically fewer at a time; 0 is all at the start
+    c.compress.prune.end = 0  # updates when the last come, cubically fewer at a time; 0, a pattern: at start
     c.compress.prune.every = 10  # updates between
     c.compress.prune.score = "magnitude"  # or wanda, sparsegpt: once, at the end of the run
     c.compress.distil = ConfigDict()

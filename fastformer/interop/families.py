@@ -326,7 +326,9 @@ def family_of(model: Any) -> Family:
     }  # fmt: skip
     for name, has in lacks.items():
         if has:
-            raise UserError(f"--format: config.model.{name}: the formats of Llama and GPT-2 have no such")
+            raise UserError(
+                f"--format: config.model.{name}: the formats of Llama and GPT-2 have no such; stablehlo does"
+            )
     options = [k for k, v in model.attention.items() if k not in ("name", "window") and v]
     if options:
         raise UserError(f"--format: config.model.attention.{options[0]}: the formats have none")
