@@ -6,8 +6,8 @@ ended: int4_nearest, int4_gptq, int4_awq; magnitude, wanda, sparsegpt (half of t
 2 of every 4 as magnitude24, wanda24, sparsegpt24.
 Command: python launch.py --config=configs/compress.py:int8
   distilled and stacked need runs/compress first: python launch.py --config=configs/compress.py
-Expect: float is the quickstart's teacher (1.897 held-out bits per byte), stacked 1.890 in 0.115 times the bytes;
-  int8 and int4 as in experiments/quantisation. Three to five minutes each; the other arms were not run.
+Expect: float is the quickstart's teacher (1.897 held-out bits per byte), stacked 1.890 in 0.115 times the
+  bytes; int8 and int4 as in experiments/quantisation. Three to five minutes each; other arms: not run.
 """
 
 from ml_collections import ConfigDict
