@@ -139,6 +139,8 @@ def test_an_import_goes_where_a_run_does(tmp_path, capsys, monkeypatch):
         train(config, workdir)
     with pytest.raises(UserError, match="distil is part of training, and an import is not trained"):
         imports.make(configured(tmp_path, "distil", **own), tmp_path / "new", str(tmp_path / "out"))
+    with pytest.raises(UserError, match="'quantize' is unknown; did you mean quantise"):
+        imports.make(configured(tmp_path, "quantize", **own), tmp_path / "new", str(tmp_path / "out"))
     with pytest.raises(UserError, match="holds a run already"):
         imports.make(config, workdir, str(tmp_path / "out"))
     settings = {key: config.model[key] for key in ("norm_epsilon", "rope_base", "kv_heads", "head_width")}

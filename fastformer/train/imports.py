@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 from safetensors.numpy import save
 
-from fastformer import interop, tasks
+from fastformer import compress, interop, tasks
 from fastformer.compress.store import WEIGHTS
 from fastformer.compress.teacher import open_teacher
 from fastformer.core.config import CONFIG
@@ -34,7 +34,7 @@ def make(config: ConfigDict, workdir: Path, source: str) -> str:
     """
     if (workdir / CONFIG).exists():
         raise UserError(f"--workdir: {workdir} holds a run already; choose another")
-    for name in config.compress.methods:
+    for name, _ in compress.build(config).methods:
         if name not in ONCE:
             raise UserError(
                 f"config.compress.methods: {name} is part of training, and an import is not trained; "
