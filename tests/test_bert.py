@@ -20,7 +20,7 @@ from fastformer.core import config as configuration
 from fastformer.core.errors import UserError
 from fastformer.core.seq import whole
 from fastformer.data.corpus import Corpus
-from fastformer.data.doc_questions import questions
+from fastformer.data.doc_questions import documented, questions
 from fastformer.data.tokenisers import WordPieceTokeniser, load_tokeniser
 from fastformer.interop import bert, huggingface
 from fastformer.models import Head
@@ -71,7 +71,7 @@ def written(folder, **settings):
 def corpus(monkeypatch):
     """Stand in for the docstrings of the running Python."""
     found = {
-        split: [q for number in numbers for q in questions(f"m{number}.py", module(number))]
+        split: [q for number in numbers for q in questions(f"m{number}.py", documented(module(number)))]
         for split, numbers in (("train", range(20)), ("heldout", range(20, 23)))
     }
     made = Corpus("modules", "1", lambda split: iter(()), lambda split: iter(found[split]))

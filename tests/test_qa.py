@@ -14,10 +14,11 @@ from configs import base
 from fastformer import models, tasks
 from fastformer.core.errors import UserError
 from fastformer.core.seq import Seq
-from fastformer.data import DataConfig
+from fastformer.data import DataConfig, stdlib
 from fastformer.data.corpus import Corpus
-from fastformer.data.doc_questions import Question, questions
+from fastformer.data.doc_questions import Question, documented, open_questions, questions
 from fastformer.data.question_rows import QuestionRows, answer, question_row
+from fastformer.data.splits import split_of
 from fastformer.data.tokenisers import BPETokeniser, ByteTokeniser
 from fastformer.tasks import answer as answer_task
 from fastformer.tasks import qa
@@ -36,6 +37,27 @@ def module(number):
     )
 
 
+def derived(number):
+    """Return the questions about that module."""
+    return list(questions(f"m{number}.py", documented(module(number))))
+
+
+def test_what_is_held_out_is_nowhere_in_training(monkeypatch, tmp_path):
+    paths = [f"m{number}.py" for number in range(200)]
+    heldout = [path for path in paths if split_of(path) == "heldout"]
+    assert 0 < len(heldout) < 100
+    same = 'def same(x):\n    """Say the same. {}"""\n'
+    texts = [(path, module(number) + same.format(path)) for number, path in enumerate(paths)]
+    texts += [("again.py", module(paths.index(heldout[0])) + module(201))]
+    monkeypatch.setattr(stdlib, "module_texts", lambda: texts)
+    corpus = open_questions("", tmp_path)
+    asked = {split: list(corpus.records(split)) for split in ("train", "heldout")}
+    assert any("same()" in q.context for q in asked["heldout"])
+    assert not any("same()" in q.context for q in asked["train"])
+    assert any("add201()" in q.context for q in asked["train"])
+    assert not any(f"add{paths.index(heldout[0])}()" in q.context for q in asked["train"])
+
+
 def test_squads_measures():
     assert normalised("The  Cat, an old-one!") == "cat oldone"
     assert exact_match("the cat.", "Cat") == 1 and exact_match("", "") == 1 and exact_match("cat", "") == 0
@@ -50,8 +72,8 @@ def test_squads_measures():
 
 
 def test_questions_are_derived_from_docstrings():
-    found = [q for number in range(40) for q in questions(f"m{number}.py", module(number))]
-    assert found == [q for number in range(40) for q in questions(f"m{number}.py", module(number))]
+    found = [q for number in range(40) for q in derived(number)]
+    assert found == [q for number in range(40) for q in derived(number)]
     answered = [q for q in found if q.start >= 0]
     assert 0.1 < 1 - len(answered) / len(found) < 0.35
     for q in answered:
@@ -74,7 +96,7 @@ def test_spans_lead_back_to_the_answer(name):
 
 
 def test_to_be_trained_on_functions_are_put_together_anew():
-    once, again = (list(questions("m.py", module(1) + module(2), rounds)) for rounds in (1, 3))
+    once, again = (list(questions("m.py", documented(module(1) + module(2)), rounds)) for rounds in (1, 3))
     assert again[: len(once)] == once and len(again) == 3 * len(once)
     assert len({q.context for q in again}) == 3 * len({q.context for q in once})
     for q in again:
@@ -125,7 +147,7 @@ def test_the_best_span_is_none_backwards_or_too_long():
 def corpus(monkeypatch):
     """Stand in for the docstrings of the running Python: modules that take no time to read."""
     found = {
-        split: [q for number in numbers for q in questions(f"m{number}.py", module(number))]
+        split: [q for number in numbers for q in derived(number)]
         for split, numbers in (("train", range(20)), ("heldout", range(20, 25)))
     }
     made = Corpus(
