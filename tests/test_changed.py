@@ -83,22 +83,39 @@ def test_what_is_hidden_is_new_in_an_epoch_and_the_same_when_evaluated(tmp_path)
     assert np.array_equal(*seen)
 
 
-def test_a_middle_comes_last_and_nothing_is_lost():
+def test_a_middle_comes_last_and_has_an_end():
     tokeniser, rng = ByteTokeniser(), np.random.default_rng(0)
     marks = [tokeniser.mark(number) for number in (PREFIX, SUFFIX, MIDDLE)]
-    text = [tokeniser.eod, *b"abcdef", tokeniser.eod, *b"ghijkl"]
+    text = [*b"xy", tokeniser.eod, *b"abcdef", tokeniser.eod, *b"ghijklmnopqr"]
     orders = set()
     for _ in range(50):
-        found = infilled([*b"xy", *text], tokeniser, 1.0, rng)
+        found = infilled(text, tokeniser, 1.0, rng)
+        assert len(found) == len(text)  # what the marks and the last end take is cut from the end
         assert found[:2] == [*b"xy"] and found[2] == tokeniser.eod  # two tokens are too few
-        piece = found[3 : found.index(tokeniser.eod, 3)]
-        first, second, third = (piece.index(mark) for mark in marks)
-        assert first == 0 and first < second < third
-        before, after, middle = piece[1:second], piece[second + 1 : third], piece[third + 1 :]
-        assert bytes(before + middle + after) == b"abcdef"
-        orders.add(bytes(middle))
-    assert len(orders) > 5
+        ends = [place for place, token in enumerate(found) if token == tokeniser.eod]
+        assert len(ends) == 3 and ends[-1] == len(found) - 1
+        for first, after, whole in zip(ends, ends[1:], (b"abcdef", b"ghijk")):
+            piece = found[first + 1 : after]
+            first, second, third = (piece.index(mark) for mark in marks)
+            assert first == 0 and first < second < third
+            before, after, middle = piece[1:second], piece[second + 1 : third], piece[third + 1 :]
+            assert bytes(before + middle + after) == whole
+            orders.add(bytes(middle))
+    assert len(orders) > 10
     assert infilled(text, tokeniser, 0.0, rng) == text
+
+
+@pytest.mark.parametrize("fraction", [0.5, 1.0])
+def test_every_middle_has_an_end(fraction):
+    tokeniser, rng = ByteTokeniser(), np.random.default_rng(1)
+    mark = tokeniser.mark(MIDDLE)
+    for _ in range(300):
+        pieces = [[tokeniser.eod, *b"a" * int(rng.integers(1, 12))] for _ in range(rng.integers(1, 6))]
+        text = sum(pieces, [])[int(rng.integers(2)) :]
+        found = infilled(text, tokeniser, fraction, rng)
+        assert len(found) == len(text)
+        for place in np.flatnonzero(np.asarray(found) == mark):
+            assert tokeniser.eod in found[place:]
 
 
 def test_rows_with_holes_are_whole_rows(tmp_path):

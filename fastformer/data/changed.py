@@ -14,6 +14,7 @@ from fastformer.data.pipeline import TextData
 from fastformer.data.rows import Batch, segments
 
 MASK, PREFIX, SUFFIX, MIDDLE = range(4)  # numbers of the tokeniser's marks
+MARKS = 3  # written around prefix, suffix and middle
 MASKED, RANDOM = 0.8, 0.1  # of the chosen tokens: written as the mark, as any token; the rest as they are
 
 
@@ -65,7 +66,7 @@ class InfilledText(TextData):
     """Some documents to train on have a middle part last (Bavarian et al. 2022, 2207.14255).
 
     ``prefix suffix middle``, each behind its mark, cut between tokens within what a row holds of a
-    document (sections 3 and 4.3 there); what is held out stays as it is.
+    document, and the end of a document behind it (section 3 there); what is held out stays as it is.
     """
 
     def __init__(self, *text, fraction: float):
@@ -86,25 +87,32 @@ class InfilledText(TextData):
 
     def _infilled(self, tokens_T, targets_T, size: int, rng) -> tuple[np.ndarray, np.ndarray]:
         whole = [*tokens_T[:size].tolist(), int(targets_T[size - 1])]
-        new = infilled(whole, self.tokeniser, self._fraction, rng)[: size + 1]
+        new = infilled(whole, self.tokeniser, self._fraction, rng)
         tokens_T, targets_T = tokens_T.copy(), targets_T.copy()
         tokens_T[:size], targets_T[:size] = new[:-1], new[1:]
         return tokens_T, targets_T
 
 
 def infilled(tokens: Sequence[int], tokeniser, fraction: float, rng: np.random.Generator) -> list[int]:
-    """Return tokens of which a ``fraction`` of the documents has its middle last; none is lost."""
+    """Return as many tokens, of which a ``fraction`` of the documents has its middle last, with an end.
+
+    The marks, and the end of a document that went on in the next row, take the place of the last tokens.
+    """
     starts = [place for place, token in enumerate(tokens) if token == tokeniser.eod]
     found: list[int] = []
     for first, after in zip([0, *starts], [*starts, len(tokens)]):
         piece = list(tokens[first:after])
         end = piece[:1] if piece[:1] == [tokeniser.eod] else []
         text = piece[len(end) :]
-        if len(text) > 2 and rng.random() < fraction:
+        fits = len(tokens) - len(found) - len(end) - MARKS - 1
+        if min(len(text), fits) > 2 and rng.random() < fraction:
+            text = text[:fits]
             a, b = sorted(rng.integers(len(text) + 1, size=2).tolist())
             text = [*asked(text[:a], text[b:], tokeniser), *text[a:b]]
+            if after == len(tokens) or len(text) == fits + MARKS:
+                text.append(tokeniser.eod)
         found += end + text
-    return found
+    return found[: len(tokens)]
 
 
 def asked(prefix: Sequence[int], suffix: Sequence[int], tokeniser) -> list[int]:
