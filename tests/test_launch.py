@@ -138,6 +138,7 @@ def test_train_again_evaluate_generate(tmp_path, capsys, monkeypatch):
         ((BASE, "--config=configs/none.py"), "--config: is given twice"),
         ((BASE, "--mode=train", "--mode", "evaluate"), "--mode: is given twice"),
         ((BASE, "--prompt=x"), "--prompt: goes with --mode=generate"),
+        (("--mode=generate", "--context=caf\udce9"), "--context: is not UTF-8"),
         ((BASE, "--source=x"), "--source: goes with --mode=generate"),
         ((BASE, "--config.task.name=txt"), "config.task.name: 'txt' is unknown; did you mean text?"),
         ((BASE, "--config.task.pairs=3"), "config.task.pairs: no such key"),
@@ -364,8 +365,12 @@ sys.exit(launch.main())
 
 
 def test_a_file_of_lines_is_read_in_order(tmp_path):
-    (tmp_path / "lines").write_text("one\n\ntwo\n")
-    assert command_line.lines_of(["@x"[1:], f"@{tmp_path / 'lines'}"]) == ["x", "one", "", "two"]
+    (tmp_path / "lines").write_bytes("one\n\ntwo\u2028\x0c\x85 and\r\nlast".encode())
+    asked = command_line.lines_of(["@x"[1:], f"@{tmp_path / 'lines'}"])
+    assert asked == ["x", "one", "", "two\u2028\x0c\x85 and", "last"]
+    (tmp_path / "empty").write_text("")
+    with pytest.raises(launch.UserError, match="empty: holds no line"):
+        command_line.lines_of([f"@{tmp_path / 'empty'}"])
     with pytest.raises(launch.UserError, match="none: cannot be read as lines"):
         command_line.lines_of([f"@{tmp_path / 'none'}"])
 

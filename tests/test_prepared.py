@@ -50,22 +50,33 @@ class TedHrlr(Tiny):
     FEATURES = F.FeaturesDict({"de": F.Text(), "en": F.Text()})
     BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=name) for name in ("en_to_de", "ende", "medical")]
     def example(self, number):
-        return {"de": f"ja {number}", "en": f"yes {number}"}
+        # The last of train has a sentence of what is held out, with another translation.
+        return {"de": f"ja {0 if number == 11 else number}", "en": f"yes {number}"}
+
+class TedTwo(Tiny):
+    FEATURES = F.FeaturesDict({"gl_pt": F.Text(), "en": F.Text()})
+    BUILDER_CONFIGS = [tfds.core.BuilderConfig(name="glpt_to_en")]
+    def example(self, number):
+        return {"gl_pt": f"sim {number}", "en": f"yes {number}"}
 
 class Cifar(Tiny):
-    FEATURES = F.FeaturesDict({"image": F.Image(shape=(4, 4, 3)), "label": F.ClassLabel(num_classes=10)})
+    FEATURES = F.FeaturesDict({"image": F.Image(shape=(4, 4, 3)), "label": F.ClassLabel(num_classes=100)})
+    FIRST = 0
     def example(self, number):
         file = io.BytesIO()
         Image.fromarray(np.full((4, 4, 3), [number, 0, 2], np.uint8)).save(file, "PNG")
         file.seek(0)
-        return {"image": file, "label": number % 10}
+        return {"image": file, "label": self.FIRST + number % 10}
+
+class Fine(Cifar):
+    FIRST = 90
 
 class Imdb(Tiny):
     FEATURES = F.FeaturesDict({"label": F.ClassLabel(names=["neg", "pos"]), "text": F.Text()})
     def example(self, number):
         return {"label": number % 2, "text": f"good \\u00e9 {number}"}
 
-for builder in (Squad, Cifar, Imdb):
+for builder in (Squad, Cifar, Fine, Imdb, TedTwo):
     builder(data_dir=sys.argv[1], file_format="array_record").download_and_prepare()
 for name in ("en_to_de", "ende", "medical"):
     TedHrlr(config=name, data_dir=sys.argv[1], file_format="array_record").download_and_prepare()
@@ -122,11 +133,12 @@ def test_an_answer_that_is_not_there_is_told(root, monkeypatch):
 def test_pairs_in_the_direction_that_the_config_names(root):
     _, found = records("pairs", "ted_hrlr/en_to_de", root)
     assert ("yes 1", "ja 1") in found["train"] and ("yes 0", "ja 0") not in found["train"]
-    assert ("yes 0", "ja 0") in found["heldout"]
+    assert ("yes 0", "ja 0") in found["heldout"] and ("yes 11", "ja 0") not in found["train"]
     assert ("ja 1", "yes 1") in records("pairs", "ted_hrlr/medical", root)[1]["train"]
     assert ("yes 1", "ja 1") in records("pairs", "ted_hrlr/ende", root)[1]["train"]
+    assert ("sim 1", "yes 1") in records("pairs", "ted_two/glpt_to_en", root)[1]["train"]
     data = opened(root, "translate", "tfds:ted_hrlr/en_to_de", "decoder")
-    assert "11 + 12 pairs" in data.description
+    assert "10 + 12 pairs" in data.description
     with pytest.raises(UserError, match="has 1 texts in an example; a pair has 2"):
         records("pairs", "imdb", root)
 
@@ -139,6 +151,8 @@ def test_images_in_grey(root):
     assert data.vocabulary == 256 and data.yardsticks()["commonest_label_accuracy"] == pytest.approx(2 / 12)
     with pytest.raises(UserError, match="an image has 16"):
         opened(root, "digits", "tfds:cifar", data__length=8)
+    with pytest.raises(UserError, match="has a label 99; there may be 0 to 9"):
+        opened(root, "digits", "tfds:fine")
 
 
 def test_labelled_texts(root):

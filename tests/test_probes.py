@@ -174,6 +174,12 @@ def test_batches_are_rows_and_the_last_is_filled_up(tmp_path):
         ("recall", "encoder", {}, "config.model.name: the task recall trains no encoder"),
         ("recall", "decoder", {"data__source": "python_code"}, "python_code holds no synthetic"),
         ("listops", "encoder", {}, "config.data.length: 32 .* longest tree, 1999 tokens"),
+        (
+            "listops",
+            "encoder",
+            {"length": 2048, "task__depth": 3},
+            "config.task.shortest: 500 is not allowed; of .* depth 3 .* up to 10 arguments none has more",
+        ),
         ("digits", "encoder", {}, "config.data.length: 32 is not allowed; an image has 64"),
         ("copy", "decoder", {"task__shortest": 17}, "config.data.length: 32 .* at least 34"),
         ("induction", "decoder", {"length": 2}, "config.data.length: 2"),

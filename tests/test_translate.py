@@ -8,7 +8,9 @@ import json
 import random
 import struct
 import subprocess
+import sys
 import tarfile
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -21,8 +23,9 @@ from fastformer.data import DataConfig, libreoffice
 from fastformer.data.pair_rows import pack
 from fastformer.data.parallel import Record, read_catalogue, split_pairs
 from fastformer.data.pipeline import open_corpus
+from fastformer.data.splits import spread
 from fastformer.tasks import build
-from fastformer.tasks.translate import scores
+from fastformer.tasks.translate import Translate, scores
 from fastformer.train import loop, modes
 
 DEVICES = jax.devices()[:1]
@@ -104,7 +107,8 @@ def test_a_sentence_is_in_one_split_only():
     records = [
         Record("a", "one", "eins"), Record("a", "two", "zwei"), Record("a", "same", "same"),
         Record("b", "one", "Eins"), Record("b", "three", "zwei"), Record("b", "four", "vier"),
-        Record("b", "four", "Vier"), Record("b", "", "x"),
+        Record("b", "four", "Vier"), Record("b", "", "x"), Record("b", "zwei", "two"),
+        Record("b", "five", "one"),
     ]  # fmt: skip
     found = split_pairs(records, {"a"})
     assert found == {"heldout": [("one", "eins"), ("two", "zwei")], "train": [("four", "vier")]}
@@ -134,6 +138,11 @@ def test_help_packages_are_read(tmp_path):
     (folder / "libreoffice-help-fr_1_all.deb").write_bytes(b"!<arch>\n" + b"x" * 10)
     with pytest.raises(UserError, match="libreoffice-help-fr_1_all.deb cannot be read: it has no data.tar"):
         libreoffice.open_help("fr", tmp_path)
+    member = b"data.tar.zst".ljust(48) + b"1".ljust(10) + b"`\n" + b"x"
+    (folder / "libreoffice-help-fr_1_all.deb").write_bytes(b"!<arch>\n" + member)
+    if sys.version_info < (3, 14):
+        with pytest.raises(UserError, match="it is packed with zstd"):
+            libreoffice.open_help("fr", tmp_path)
 
 
 def test_packages_are_fetched_by_apt(tmp_path, monkeypatch):
@@ -163,7 +172,9 @@ def test_catalogues_are_read_and_mistakes_named(tmp_path):
     found = list(read_catalogue((tmp_path / "a.mo").read_bytes(), "a.mo"))
     assert sorted(found) == [("Close", "Schließen"), ("Open", "Öffnen")]
     (tmp_path / "b.mo").write_bytes(b"no catalogue at all")
-    for pattern, message in (("a.mo", "1 catalogue"), ("*.mo", "b.mo is no gettext catalogue")):
+    (tmp_path / "c" / "d.mo").mkdir(parents=True)
+    wrong = {"a.mo": "1 catalogue", "c/**": "0 catalogue", "*.mo": "b.mo is no gettext catalogue"}
+    for pattern, message in wrong.items():
         with pytest.raises(UserError, match=message):
             open_corpus(
                 DataConfig(f"gettext:{tmp_path}/{pattern}", str(tmp_path), "bytes", 300, 8), "pairs", None
@@ -203,6 +214,26 @@ def test_scores_are_sacrebleus():
     perfect = scores(["the cat sees a dog today"], ["the cat sees a dog today"])
     assert perfect == pytest.approx({"bleu": 100, "chrf": 100})
     assert scores(["a b c d e f"], ["the cat sees a dog today"])["bleu"] < 10
+
+
+@pytest.mark.parametrize(
+    "text, segmented",
+    [
+        ("ein Satz, ganz (mit Klammern)", "13a"),
+        ("计算数字表达式的平方根。", "zh"),
+        ("数式の平方根を計算します。", "char"),
+    ],
+)
+def test_what_has_no_spaces_is_measured_by_character(text, segmented):
+    found = scores([text.replace(text[0], "x")], [text])["bleu"]
+    assert 50 < found < 100 if segmented != "13a" else found < 100
+    signature = Translate().signatures(SimpleNamespace(texts=[("", text)]))["bleu"]
+    assert f"tok:{segmented}" in signature
+
+
+def test_sentences_are_spread_over_all():
+    assert spread(range(10), 3) == [0, 3, 6] and spread(range(3), 0) == spread(range(3), 5) == [0, 1, 2]
+    assert spread([], 2) == []
 
 
 def test_smoothing_is_for_training_alone(tmp_path):

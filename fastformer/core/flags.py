@@ -105,6 +105,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]
     for name, (mode, _) in ASKED.items():
         if getattr(flags, name) and flags.mode != mode:
             raise UserError(f"--{name}: goes with --mode={mode}")
+        if any(re.search("[\ud800-\udfff]", value) for value in getattr(flags, name) or ()):
+            raise UserError(f"--{name}: is not UTF-8")
     if flags.launcher and flags.mode not in (None, "train"):
         raise UserError("--launcher: goes with --mode=train and --experiment")
     given = [key for key, _ in overrides if not (flags.launcher and key.startswith("distributed."))]
@@ -118,12 +120,19 @@ def lines_of(values: Sequence[str]) -> list[str]:
     """Return the values, each ``@FILE`` replaced by the lines of the file.
 
     Raises:
-      UserError: a file cannot be read.
+      UserError: a file cannot be read, or holds nothing.
     """
     found = []
     for value in values:
         try:
-            found += Path(value[1:]).read_text("utf-8").splitlines() if value[:1] == "@" else [value]
+            found += _lines(Path(value[1:])) if value[:1] == "@" else [value]
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{value}: cannot be read as lines of UTF-8: {error}") from error
     return found
+
+
+def _lines(path: Path) -> list[str]:
+    text = path.read_text("utf-8")  # \r\n is read as \n; other characters that end lines are text
+    if not text:
+        raise UserError(f"@{path}: holds no line")
+    return text.removesuffix("\n").split("\n")

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-# Part of every cache key. Raise it when the same source gives other documents, splits or tokens.
+# Part of every cache key. Raise it when every source gives other documents, splits or tokens; one that
+# alone does changes its fingerprint.
 LAYOUT = 1
 
 

@@ -12,6 +12,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,7 +83,7 @@ def segments(package: Path) -> dict[tuple[str, str], str]:
                     for _, name, inner in SEGMENT.findall(text):
                         found[page[1], name] = " ".join(html.unescape(TAG.sub("", inner)).split())
     except (OSError, EOFError, ValueError, tarfile.TarError) as error:
-        raise UserError(f"{FIELD}: {package} cannot be read: {error}; fetch it again") from error
+        raise UserError(f"{FIELD}: {package} cannot be read: {error}; fetch Debian's again") from error
     if not found:
         raise UserError(f"{FIELD}: {package} holds no pages of help")
     return found
@@ -99,6 +100,8 @@ def deb_data(package: bytes) -> bytes:
     place = 8
     while place + 60 <= len(package):
         name, size = package[place : place + 16].strip(), int(package[place + 48 : place + 58])
+        if name.startswith(b"data.tar.zst") and sys.version_info < (3, 14):
+            raise ValueError("it is packed with zstd, as Ubuntu's are, which Python reads from 3.14 on")
         if name.startswith(b"data.tar"):
             return package[place + 60 : place + 60 + size]
         place += 60 + size + size % 2

@@ -46,7 +46,7 @@ def corpus_of(
     def documents(split: str) -> Iterator[str]:
         return (text for pair in found[split] for text in pair)
 
-    return Corpus(title, fingerprint, documents, lambda split: iter(found[split]))
+    return Corpus(title, f"apart {fingerprint}", documents, lambda split: iter(found[split]))
 
 
 def split_pairs(records: Iterable[Record], heldout: set[str] | None = None) -> dict[str, list[Pair]]:
@@ -59,13 +59,9 @@ def split_pairs(records: Iterable[Record], heldout: set[str] | None = None) -> d
         split = split_of(file) if heldout is None else ("heldout" if file in heldout else "train")
         if source and target and source != target:
             kept[split].setdefault(source, target)
-    known = set(kept["heldout"].values())
-    kept["train"] = {
-        source: target
-        for source, target in kept["train"].items()
-        if source not in kept["heldout"] and target not in known
-    }
-    return {split: list(pairs.items()) for split, pairs in kept.items()}
+    known = {*kept["heldout"], *kept["heldout"].values()}
+    found = {split: list(pairs.items()) for split, pairs in kept.items()}
+    return found | {"train": [pair for pair in found["train"] if known.isdisjoint(pair)]}
 
 
 def open_catalogues(pattern: str, root: Path) -> Corpus:
@@ -74,13 +70,16 @@ def open_catalogues(pattern: str, root: Path) -> Corpus:
     Raises:
       UserError: fewer than two match, or one cannot be read.
     """
-    paths = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
+    paths = sorted(filter(os.path.isfile, glob.glob(os.path.expanduser(pattern), recursive=True)))
     if len(paths) < 2:
         raise UserError(f"{FIELD}: {len(paths)} catalogue(s) match {pattern}; 2 or more are needed, to split")
     state = hashlib.sha256()
     records = []
     for path in paths:
-        data = Path(path).read_bytes()
+        try:
+            data = Path(path).read_bytes()
+        except OSError as error:
+            raise UserError(f"{FIELD}: {path} cannot be read: {error.strerror}") from error
         state.update(data)
         records += [Record(path, *pair) for pair in read_catalogue(data, path)]
     base = os.path.commonpath(paths)

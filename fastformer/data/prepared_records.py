@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def open_prepared_questions(name: str, root: Path) -> Corpus:
     def text(q: Question) -> str:
         return f"{q.question}\n{q.context}"
 
-    return _open(name, root, ("question", "context", "answers"), question, text, text)
+    return _open(name, root, ("question", "context", "answers"), question, text, lambda q: [text(q)])
 
 
 def open_prepared_pairs(name: str, root: Path) -> Corpus:
@@ -57,13 +57,14 @@ def open_prepared_pairs(name: str, root: Path) -> Corpus:
     sides = tuple(sorted(builders.features(place, "Text")))
     if len(sides) != 2:
         raise UserError(f"{FIELD}: tfds:{name} has {len(sides)} texts in an example; a pair has 2")
-    if re.sub(r"_to_|[-_]", "", place.parent.name).endswith(sides[1] + sides[0]):
+    spelt, *of = (re.sub(r"_to_|[-_]", "", name) for name in (place.parent.name, *sides))
+    if spelt.endswith(of[1] + of[0]):
         sides = sides[::-1]
 
     def pair(example: dict[str, Any]) -> tuple[str, str]:
         return _text(example[sides[0]]).strip(), _text(example[sides[1]]).strip()
 
-    return _open(name, root, sides, pair, "\n".join, "\n".join)
+    return _open(name, root, sides, pair, "\n".join, lambda pair: pair)
 
 
 def open_prepared_labelled(name: str, root: Path) -> Corpus:
@@ -72,7 +73,7 @@ def open_prepared_labelled(name: str, root: Path) -> Corpus:
     def labelled(example: dict[str, Any]) -> tuple[str, int]:
         return _text(example["text"]), int(example["label"])
 
-    return _open(name, root, ("text", "label"), labelled, lambda record: record[0], lambda record: record[0])
+    return _open(name, root, ("text", "label"), labelled, lambda record: record[0], lambda record: record[:1])
 
 
 def open_prepared_images(name: str, root: Path) -> Corpus:
@@ -83,7 +84,7 @@ def open_prepared_images(name: str, root: Path) -> Corpus:
         grey = pixels[..., 0] if pixels.shape[-1] == 1 else pixels @ GREY
         return np.rint(grey).astype(np.uint8).ravel(), int(example["label"])
 
-    return _open(name, root, ("image", "label"), image, None, lambda record: record[0].tobytes())
+    return _open(name, root, ("image", "label"), image, None, lambda record: [record[0].tobytes()])
 
 
 def _open(
@@ -92,14 +93,14 @@ def _open(
     fields: tuple[str, ...],
     read: Callable[[dict[str, Any]], Any],
     document: Callable[[Any], str] | None,
-    key: Callable[[Any], str | bytes],
+    keys: Callable[[Any], Sequence[str | bytes]],
 ) -> Corpus:
     """Return the corpus of what ``read`` makes of examples.
 
     Args:
       fields: that an example must have.
       document: of a record, for a tokeniser to be trained on; None where it has no text.
-      key: of a record; one of train whose key is held out too is left out.
+      keys: of a record; one of train of which any is one of what is held out is left out.
     """
     found = find(name, root)
 
@@ -112,8 +113,9 @@ def _open(
             yield read(example)
 
     def records(split: str) -> Iterator[Any]:
-        known = {_digest(key(record)) for record in examples("heldout")} if split == "train" else set()
-        return (record for record in examples(split) if _digest(key(record)) not in known)
+        of = examples("heldout") if split == "train" else ()
+        known = {_digest(key) for record in of for key in keys(record)}
+        return (record for record in examples(split) if known.isdisjoint(map(_digest, keys(record))))
 
     def documents(split: str) -> Iterator[str]:
         return map(document, records(split)) if document else iter(())

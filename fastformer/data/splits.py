@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
+
+Item = TypeVar("Item")
 
 SPLITS = ("train", "heldout")
 HELD_OUT = 0.05  # of the names
@@ -36,3 +39,9 @@ def unique(named_texts: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
         if text.strip() and key not in seen:
             seen.add(key)
             yield name, text
+
+
+def spread(items: Sequence[Item], number: int) -> list[Item]:
+    """Return ``number`` of the items, evenly spread over all; 0, or more than there are, is all of them."""
+    number = min(number, len(items)) or len(items)
+    return [items[index * len(items) // number] for index in range(number)]

@@ -9,6 +9,7 @@ from fastformer.data.corpus import Corpus
 from fastformer.data.doc_questions import Question
 from fastformer.data.pair_rows import PairRows
 from fastformer.data.pipeline import open_corpus
+from fastformer.data.splits import spread
 from fastformer.tasks.qa import matched, simple_answers
 from fastformer.tasks.squad import measured
 from fastformer.tasks.translate import SAMPLES, Translate, translations
@@ -19,7 +20,8 @@ class Answer(Translate):
     """A batch holds what PairRows says; a source is question and context, no answer an empty target.
 
     Attributes:
-      label_smoothing: as of Translate. sentences: held-out questions that are answered; 0 is all.
+      label_smoothing: as of Translate. sentences: held-out questions, evenly spread, that
+        are answered; 0 is all.
     """
 
     kind = "questions"
@@ -30,13 +32,14 @@ class Answer(Translate):
     def open(self, data, workdir, config):
         corpus, tokeniser, _ = open_corpus(data, self.kind, workdir)
         joined = config.model.name == "decoder"
-        rows = PairRows(_pairs(corpus), tokeniser, data.length, joined, simple_answers(corpus))
-        rows.questions = list(corpus.records("heldout"))
+        chosen = spread(list(corpus.records("heldout")), self.sentences)
+        rows = PairRows(_pairs(corpus), tokeniser, data.length, joined, simple_answers(chosen))
+        rows.questions = chosen
         return rows
 
     def decoded(self, complete, data, limit):
-        chosen = data.questions[: self.sentences or None]
-        return measured(_answers(complete, data.tokeniser, chosen), [q.answers for q in chosen])
+        found = _answers(complete, data.tokeniser, data.questions)
+        return measured(found, [q.answers for q in data.questions])
 
     def samples(self, complete, data, prompt):
         chosen = data.questions[:SAMPLES]
@@ -47,7 +50,7 @@ class Answer(Translate):
         records = matched(asked["question"], asked["context"])
         return [text or "(no answer)" for text in _answers(complete, tokeniser, records)]
 
-    def signatures(self):
+    def signatures(self, data):
         return {}
 
 

@@ -1,10 +1,10 @@
-"""Images, pixel by pixel, into ten classes: handwritten digits, 64 tokens of 17 shades, or any of TFDS."""
+"""Images, pixel by pixel, into ten classes: handwritten digits, 64 tokens of 17 shades, or those of TFDS."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastformer.core.errors import FieldError
+from fastformer.core.errors import FieldError, UserError
 from fastformer.data.examples import Examples
 from fastformer.data.pipeline import keep_record
 from fastformer.data.sources import open_source
@@ -33,6 +33,9 @@ class Digits(Classify):
     def open(self, data, workdir, config):
         corpus = open_source(data.source, self.kind, data.root())
         images = {split: list(corpus.records(split)) for split in SPLITS}
+        most = max(label for some in images.values() for _, label in some)
+        if most >= self.head.size:
+            raise UserError(f"config.data.source: {corpus.title} has a label {most}; there may be 0 to 9")
         pixels = max(len(image) for some in images.values() for image, _ in some)
         if data.length < pixels:
             raise FieldError("config.data.length", f"{data.length} is not allowed; an image has {pixels}")

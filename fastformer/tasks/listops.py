@@ -23,6 +23,7 @@ OPERATORS = {
 }
 TOKENS = (*map(str, range(10)), *OPERATORS, "]")  # a digit is the token of its value
 CLOSE = TOKENS.index("]")
+TRIES = 100_000  # trees that may be thrown away for one; of those as published 7 % are kept
 DIGIT = 0.75  # the probability that an argument is a digit and not a list
 
 
@@ -75,11 +76,16 @@ class ListOps(Probe, Classify):
                 f"{length} is not allowed; it must hold the longest tree, {self.longest - 1} tokens",
             )
         draw = random.Random(int(rng.integers(2**63)))  # far quicker than numpy for one number at a time
-        while True:
+        for _ in range(TRIES):
             tree: list[int] = []
             value = self._grow(draw, tree, 1)
             if value is not None and self.shortest < len(tree) < self.longest:
                 return label_row(np.asarray(tree), value, length)
+        raise FieldError(
+            "config.task.shortest",
+            f"{self.shortest} is not allowed; of {TRIES:,} trees of depth {self.depth} (task.depth) with "
+            f"up to {self.arguments} arguments none has more tokens and fewer than longest, {self.longest}",
+        )
 
     def _grow(self, draw: random.Random, tree: list[int], depth: int) -> int | None:
         """Append a tree and return its value; None as soon as it is too long, which would be thrown away."""

@@ -14,7 +14,6 @@ import optax
 
 from fastformer.core.errors import UserError, require
 from fastformer.core.wrapped import bare
-from fastformer.data.corpus import Corpus
 from fastformer.data.doc_questions import Question
 from fastformer.data.examples import stack
 from fastformer.data.pipeline import open_corpus
@@ -54,7 +53,7 @@ class QA(Task):
 
     def open(self, data, workdir, config):
         corpus, tokeniser, _ = open_corpus(data, self.kind, workdir)
-        return QuestionRows(corpus, tokeniser, data.length, simple_answers(corpus))
+        return QuestionRows(corpus, tokeniser, data.length, simple_answers(list(corpus.records("heldout"))))
 
     def loss(self, model, params, batch, rng=None):
         return _cross_entropy(_scores(model, params, batch, rng), batch)
@@ -81,9 +80,8 @@ class QA(Task):
         return [text or "(no answer)" for text in found]
 
 
-def simple_answers(corpus: Corpus) -> dict[str, float]:
-    """Return what a model must be better than: simple guesses at the held-out questions, measured."""
-    questions = list(corpus.records("heldout"))
+def simple_answers(questions: Sequence[Question]) -> dict[str, float]:
+    """Return what a model must be better than: simple guesses at held-out questions, measured."""
     guesses = {
         "most_similar_sentence": [most_similar_sentence(q.question, q.context) for q in questions],
         "never_an_answer": [""] * len(questions),

@@ -88,7 +88,7 @@ class Task:
         """Return a few outputs to show in the report."""
         return []
 
-    def signatures(self) -> dict[str, str]:
+    def signatures(self, data: Any) -> dict[str, str]:
         """Return, of metrics that have several versions, which one was measured."""
         return {}
 

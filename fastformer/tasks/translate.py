@@ -14,11 +14,13 @@ from fastformer.core.errors import require
 from fastformer.core.seq import Seq
 from fastformer.data.pair_rows import PairRows
 from fastformer.data.pipeline import open_corpus
+from fastformer.data.splits import spread
 from fastformer.models import Source
 from fastformer.tasks.next_token import cross_entropy, perplexity
 from fastformer.tasks.task import Task, apply
 
 SAMPLES = 3
+HAN, KANA = ("\u4e00", "\u9fff"), ("\u3040", "\u30ff")
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Translate(Task):
     Attributes:
       label_smoothing: this much of the target's probability is spread over the vocabulary in training
         (Szegedy et al. 2015, 1512.00567, section 7).
-      sentences: held-out pairs that are translated for BLEU and chrF; 0 is all.
+      sentences: held-out pairs, evenly spread, that are translated for BLEU and chrF; 0 is all.
     """
 
     kind = "pairs"
@@ -46,7 +48,7 @@ class Translate(Task):
 
     def open(self, data, workdir, config):
         corpus, tokeniser, _ = open_corpus(data, self.kind, workdir)
-        copied = scores(*zip(*corpus.records("heldout")))
+        copied = scores(*zip(*spread(list(corpus.records("heldout")), self.sentences)))
         yardsticks = {f"copied_source_{name}": value for name, value in copied.items()}
         return PairRows(corpus, tokeniser, data.length, config.model.name == "decoder", yardsticks)
 
@@ -67,7 +69,7 @@ class Translate(Task):
         return perplexity(sums["nats"], sums["targets"])
 
     def decoded(self, complete, data, limit):
-        pairs = data.texts[: self.sentences or None]
+        pairs = spread(data.texts, self.sentences)
         found = translations(complete, data.tokeniser, [source for source, _ in pairs])
         return scores(found, [target for _, target in pairs])
 
@@ -79,8 +81,9 @@ class Translate(Task):
     def respond(self, complete, tokeniser, asked, model, params):
         return translations(complete, tokeniser, asked["source"])
 
-    def signatures(self):
-        return {name: str(metric.get_signature()) for name, metric in _metrics().items()}
+    def signatures(self, data):
+        metrics = _metrics(_segmented([target for _, target in data.texts]))
+        return {name: str(metric.get_signature()) for name, metric in metrics.items()}
 
 
 def translations(complete: Any, tokeniser: Any, sources: Sequence[str]) -> list[str]:
@@ -90,14 +93,22 @@ def translations(complete: Any, tokeniser: Any, sources: Sequence[str]) -> list[
 
 
 @cache
-def _metrics() -> dict[str, Any]:
+def _metrics(segmented: str) -> dict[str, Any]:
     from sacrebleu.metrics import BLEU, CHRF  # takes half a second
 
-    return {"bleu": BLEU(), "chrf": CHRF()}
+    return {"bleu": BLEU(tokenize=segmented), "chrf": CHRF()}
+
+
+def _segmented(texts: Sequence[str]) -> str:
+    """Return how sacreBLEU is to part texts into words: what has no spaces between them, by character."""
+    letters = [letter for text in texts for letter in text if letter.isalpha()]
+    han, kana = (sum(a <= letter <= b for letter in letters) for a, b in (HAN, KANA))
+    if 2 * (han + kana) <= len(letters):
+        return "13a"
+    return "char" if kana > han / 10 else "zh"
 
 
 def scores(found: Sequence[str], wanted: Sequence[str]) -> dict[str, float]:
     """Return sacreBLEU (Post 2018, 1804.08771) and chrF (Popović 2015, W15-3049) of a corpus."""
-    return {
-        name: metric.corpus_score(list(found), [list(wanted)]).score for name, metric in _metrics().items()
-    }
+    metrics = _metrics(_segmented(wanted))
+    return {name: metric.corpus_score(list(found), [list(wanted)]).score for name, metric in metrics.items()}

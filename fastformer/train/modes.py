@@ -67,7 +67,8 @@ def generate(config: ConfigDict, workdir: Path, asked: Asked) -> None:
     options = section(GenerateConfig, config, "generate")
     section(DataConfig, config, "data")
     task = tasks.build(config)
-    asked = asked or {"prompt": [options.prompt]}
+    if not asked and task.asks == ("prompt",):
+        asked = {"prompt": [options.prompt]}
     task.check_asked(asked)
     tokeniser = load_tokeniser(workdir)
     mesh, axis_rules = make_mesh(section(MeshConfig, config, "mesh")), rules(config.sharding)

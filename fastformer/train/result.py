@@ -87,7 +87,7 @@ def write_result(
         "step": step,
         "weights": "last",  # of the two kinds that are kept, last and best, these are measured here
         "quality": dict(quality),
-        "signatures": run.task.signatures(),
+        "signatures": run.task.signatures(run.data),
         "yardsticks": run.data.yardsticks(),
         "samples": samples,
         "parameters": count(abstract_params(dataclasses.replace(run, model=bare(run.model)))),
