@@ -42,6 +42,8 @@ def case(platform, dtype=jnp.bfloat16, time=256, width=64, mask=Mask(), bend=Ben
         ("gpu", {"width": 132}, "xla"),
         ("gpu", {"bend": Bend(soft_cap=30.0)}, "xla"),
         ("gpu", {"mask": Mask(False, 100)}, "xla"),
+        ("gpu", {"mask": Mask(prefix=True)}, "xla"),
+        ("tpu", {"mask": Mask(prefix=True)}, "xla"),
     ],
 )
 def test_the_first_that_can_serves(platform, changes, want):

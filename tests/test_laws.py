@@ -373,7 +373,7 @@ def test_long_sequences_stay_finite(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("ability", ["cross", "streaming", "bidirectional", "causal"])
+@pytest.mark.parametrize("ability", ["cross", "streaming", "bidirectional", "causal", "prefix_lm"])
 def test_what_is_not_declared_is_refused(name, ability):
     if getattr(VARIANTS[name], ability):
         pytest.skip(f"{name} declares {ability}")
@@ -383,8 +383,10 @@ def test_what_is_not_declared_is_refused(name, ability):
         "streaming": ({}, ((), None)),
         "bidirectional": ({"bidirectional_mode": True}, (None, None)),
         "causal": ({"bidirectional_mode": False}, (None, None)),
+        "prefix_lm": ({}, (None, None)),
     }
     shared, call = asked[ability]
+    seq = seq._replace(last_BT=np.full((1, 4), 3)) if ability == "prefix_lm" else seq
     others = ", ".join(able(ability)) or "none"
     with pytest.raises(Exception, match=f"not {ability}; variants that are {ability}: {others}"):
         mixer(name, **shared).apply(params(name), x, seq, *call)

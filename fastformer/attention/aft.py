@@ -105,7 +105,7 @@ def forward(
     # Real tokens first, so that what is W tokens away is W places away.
     order_BT = jnp.argsort(~real_BT, axis=1, stable=True)
     parts = [zero_padding(x, seq).astype(jnp.float32) for x in (k_BTGP, v_BTGP)]
-    tokens = _Tokens(*take((*parts, *seq), order_BT))
+    tokens = _Tokens(*take((*parts, *seq[:2]), order_BT))
     if state is None:
         state = init_state(batch, 0, jnp.float32, kv_heads=groups, width=width, window=bias.window)
     past = _Tokens(*state[4:])

@@ -151,7 +151,7 @@ def _lay_out(sizes: _Sizes, qkv, seqs: tuple[Seq, Seq], mask: Mask, bend: Bend, 
     q_BTHK, k_BSGK, v_BSGP = (zero_padding(x, s) for x, s in zip(qkv, (seqs[0], seqs[1], seqs[1])))
     q_NBGRK = sizes.to_rows(q_BTHK)
     k_NBGCK, v_NBGCP = (_to_blocks(x, sizes.block).transpose(0, 1, 3, 2, 4) for x in (k_BSGK, v_BSGP))
-    where = tuple(Seq(*(_to_blocks(x, sizes.block) for x in s)) for s in seqs)
+    where = jax.tree.map(lambda x: _to_blocks(x, sizes.block), seqs)
     pairs = _pairs(len(q_NBGRK), len(k_NBGCK), sizes.block, mask, past)
     return Plan(pairs, mask, bend, sizes.share), (q_NBGRK, k_NBGCK, v_NBGCP, where)
 

@@ -101,7 +101,7 @@ def timeline(state: KVState | None, k_BTGK: jax.Array, v_BTGP: jax.Array, seq: S
     # What holds no token stands before all that does.
     order_BS = jnp.argsort(jnp.where(state.segment_BS > 0, age_BS, -1), axis=1)
     old = (take(x, order_BS) for x in (state.key_BSGK, state.value_BSGP, state.segment_BS, state.position_BS))
-    new = (k_BTGK, v_BTGP, *seq)
+    new = (k_BTGK, v_BTGP, *seq[:2])
     k, v, *both = (jnp.concatenate([a, b.astype(a.dtype)], axis=1) for a, b in zip(old, new))
     both = Seq(*both)
     return Timeline(zero_padding(k, both), zero_padding(v, both), both, slots)

@@ -69,7 +69,7 @@ class Sorted(NamedTuple):
 
     def unsorted(self) -> Seq:
         """Return group and rank of the tokens in the order of the row."""
-        return Seq(*(jnp.take_along_axis(x, self.back_AS, axis=1) for x in self.seq))
+        return jax.tree.map(lambda x: jnp.take_along_axis(x, self.back_AS, axis=1), self.seq)
 
 
 def by_group(cluster_AS: jax.Array, seq: Seq) -> Sorted:
@@ -155,7 +155,7 @@ def forward(
     k_BSHK, v_BSHP = (zero_padding(x, keys.seq) for x in keys[:2])
     width = k_BSHK.shape[-1] - rounds
     cluster_ASN = jnp.moveaxis(k_BSHK[..., width:], (2, 3), (1, 2)).reshape(-1, slots).astype(jnp.int32)
-    every = Seq(*(jnp.repeat(x, heads * rounds, axis=0) for x in keys.seq))
+    every = jax.tree.map(lambda x: jnp.repeat(x, heads * rounds, axis=0), keys.seq)
     groups = by_group(cluster_ASN, every)
     k_BSHK = k_BSHK[..., :width].astype(q_BTHK.dtype)
     q, k, v = (sheets(x) for x in (zero_padding(q_BTHK, seq), k_BSHK, v_BSHP))
@@ -177,7 +177,7 @@ def forward(
 def _one(q: jax.Array, k: jax.Array, v: jax.Array, groups: Sorted, mask: Any) -> Part:
     """Return the part of one query a sheet, which is the last of the tokens."""
     seq = groups.unsorted()
-    visible = mask.visible(Seq(*(x[:, -1:] for x in seq)), seq)
+    visible = mask.visible(jax.tree.map(lambda x: x[:, -1:], seq), seq)
     return dense(q, k, v, visible, visible)
 
 

@@ -210,4 +210,4 @@ class DeltaProduct(Delta):
         return loop(self.tokens(*qkv), self._rules(seqs[0]))[:, self.steps - 1 :: self.steps]
 
     def _rules(self, seq: Seq) -> Seq:
-        return Seq(*(jnp.repeat(x, self.steps, axis=1) for x in seq))
+        return jax.tree.map(lambda x: jnp.repeat(x, self.steps, axis=1), seq)

@@ -52,11 +52,13 @@ class Implementation(NamedTuple):
       run: ``(q, k, v, q_seq, k_seq, case) -> y_BTHP``; of a split case on one device, and the keys are those
         that a window reaches, ``past`` of them before the queries.
       part: ``case -> ring.Part``, attention to some of the keys on one device; None where it is not known.
+      prefix: it can serve masks with a prefix.
     """
 
     refuse: Callable[[Case], str]
     run: Callable[..., jax.Array]
     part: Callable[[Case], Part] | None = None
+    prefix: bool = False
 
 
 def attend(
@@ -117,9 +119,10 @@ def attend_split(
         groups = "H"  # query heads of a device would share keys that are not there
         k_BSGK, v_BSGP = (jnp.repeat(x, q_BTHK.shape[2] // x.shape[2], axis=2) for x in (k_BSGK, v_BSGP))
     no_log = []
+    of_tokens, kind = jax.tree.flatten(seqs)
 
     def local(q, k, v, *of_tokens):
-        seq, k_seq, before = Seq(*of_tokens[:2]), Seq(*of_tokens[2:]), past
+        (seq, k_seq), before = jax.tree.unflatten(kind, of_tokens), past
         if mask.window:
             multiple = LANES if platform() == "tpu" else 1
             k, v, k_seq, before = with_halo(split, mask, k, v, k_seq, multiple)
@@ -134,9 +137,9 @@ def attend_split(
         no_log.append(name)
         return IMPLEMENTATIONS[name].run(q, k, v, seq, k_seq, case), jnp.zeros(q.shape[:3])
 
-    args = (q_BTHK, k_BSGK, v_BSGP, *seqs[0], *seqs[1])
     of_keys = (f"B{time}{groups}K", f"B{time}{groups}P")
-    letters = (f"BT{heads}K", *of_keys, "BT", "BT", f"B{time}", f"B{time}")
+    of_seqs = (spelt for seq, spelt in zip(seqs, ("BT", f"B{time}")) for _ in jax.tree.leaves(seq))
+    letters, args = (f"BT{heads}K", *of_keys, *of_seqs), (q_BTHK, k_BSGK, v_BSGP, *of_tokens)
     y_BTHP, log_BTH = by_shard(local, letters, (f"BT{heads}P", f"BT{heads}"), args)
     return y_BTHP, None if no_log else log_BTH
 
@@ -144,11 +147,15 @@ def attend_split(
 def choose(case: Case, implementation: str = "auto") -> str:
     """Return the row that serves: the one asked for if it can, else the first of the table that can."""
     if implementation != "auto":
-        reason = lookup(IMPLEMENTATIONS, implementation, "implementation").refuse(case)
+        reason = _refusal(lookup(IMPLEMENTATIONS, implementation, "implementation"), case)
         if not reason:
             return implementation
         warnings.warn(f"implementation {implementation} cannot serve: {reason}", stacklevel=2)
-    return next(name for name, row in IMPLEMENTATIONS.items() if not row.refuse(case))
+    return next(name for name, row in IMPLEMENTATIONS.items() if not _refusal(row, case))
+
+
+def _refusal(row: Implementation, case: Case) -> str:
+    return "it has no mask with a prefix" if case.mask.prefix and not row.prefix else row.refuse(case)
 
 
 # Blocked XLA: everywhere.
@@ -238,12 +245,13 @@ def _run_pallas(q_BTHK, k_BSGK, v_BSGP, q_seq: Seq, k_seq: Seq, case: Case) -> j
         seqs = (Seq(q_segment, q_position), Seq(k_segment, k_position))
         return (splash.attend(q, k, v, seqs, case.mask, case.bend.soft_cap, case.past),)
 
-    args = (q_BTHK, k_BSGK, v_BSGP, *q_seq, *k_seq)
+    of_tokens = (*q_seq[:2], *k_seq[:2])
+    args = (q_BTHK, k_BSGK, v_BSGP, *of_tokens)
     if case.split or jax.sharding.get_abstract_mesh().empty:
         return local(*args)[0]
     if layout("H", case.q[2:3]) != layout("G", case.k[2:3]):  # each head with keys of its own
         k_BSHK, v_BSHP = (jnp.repeat(x, case.q[2] // case.k[2], axis=2) for x in (k_BSGK, v_BSGP))
-        args, kv = (q_BTHK, k_BSHK, v_BSHP, *q_seq, *k_seq), ("B.HK", "B.HP")
+        args, kv = (q_BTHK, k_BSHK, v_BSHP, *of_tokens), ("B.HK", "B.HP")
     else:
         kv = ("B.GK", "B.GP")
     # A Pallas call cannot be split by the compiler: each device gets its own rows and heads.
@@ -253,5 +261,5 @@ def _run_pallas(q_BTHK, k_BSGK, v_BSGP, q_seq: Seq, k_seq: Seq, case: Case) -> j
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "cudnn": Implementation(_refuse_cudnn, _run_cudnn),
     "pallas": Implementation(_refuse_pallas, _run_pallas, lambda case: splash.part(case.bend.soft_cap)),
-    "xla": Implementation(lambda case: "", _run_xla, _part_xla),
+    "xla": Implementation(lambda case: "", _run_xla, _part_xla, prefix=True),
 }

@@ -75,6 +75,7 @@ class Mixer(nn.Module):
     bidirectional: ClassVar[bool] = False  # sees it
     cross: ClassVar[bool] = False  # looks at another sequence
     streaming: ClassVar[bool] = False  # goes on from a state
+    prefix_lm: ClassVar[bool] = False  # lets the tokens of a prefix see all of it, where it is causal
     scores: ClassVar[bool] = False  # has scores that ALiBi and the soft cap can bend
     rotary: ClassVar[bool] = True  # its queries and keys are rotated where positions are "rope"
     exact_keys: ClassVar[bool] = False  # projects keys in float32, for they become decays
@@ -236,9 +237,9 @@ class Mixer(nn.Module):
         """Return ``(y_BTD, state)``; y is zero at padding.
 
         Raises:
-          ValueError: the variant cannot do what is asked (cross, streaming, bidirectional).
+          ValueError: the variant cannot do what is asked (cross, streaming, bidirectional, prefix_lm).
         """
-        self._refuse(state, context)
+        self._refuse(seq, state, context)
         x_BTD = zero_padding(x_BTD, seq)
         seqs = (seq, seq if context is None else context.seq)
         x_BSD = x_BTD if context is None else zero_padding(context.x_BSD, context.seq)
@@ -257,12 +258,13 @@ class Mixer(nn.Module):
         y_BTD = self.finish(y_BTHP, x_BTD)
         return zero_padding(y_BTD, seq) if self.bias else y_BTD, state
 
-    def _refuse(self, state: Any, context: Context | None) -> None:
+    def _refuse(self, seq: Seq, state: Any, context: Context | None) -> None:
         asked = {
             "bidirectional": self.bidirectional_mode and context is None,
             "causal": not self.bidirectional_mode and context is None,
             "cross": context is not None,
             "streaming": state is not None,
+            "prefix_lm": seq.last_BT is not None,
         }
         for ability, wanted in asked.items():
             if wanted and not getattr(self, ability):

@@ -127,7 +127,7 @@ def _recur_split(
 
     spelt = dict(zip(Tokens._fields, ("BTGMK", "BTGK", "BTGP", "BTGK", "BTGK", "BTGK")))
     letters = tuple(spelt[name] for name, x in tokens._asdict().items() if x is not None)
-    y, memory, segment = by_shard(local, ("BT", "BT", *letters), ("BTGP", "BGKP", "B"), (*seq, *leaves))
+    y, memory, segment = by_shard(local, ("BT", "BT", *letters), ("BTGP", "BGKP", "B"), (*seq[:2], *leaves))
     return y, Memory(memory, segment)
 
 

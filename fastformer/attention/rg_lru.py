@@ -122,7 +122,7 @@ def _split(
         h_BTGP += keep_BTGP * split.passed(end_BGP, keep_BTGP[:, -1], jnp.multiply)[:, None]
         return h_BTGP, split.of_last(h_BTGP[:, -1]), last_B
 
-    args = (x_BTGP, log_BTGP, *seq)
+    args = (x_BTGP, log_BTGP, *seq[:2])
     h_BTGP, *state = by_shard(local, ("BTGP", "BTGP", "BT", "BT"), ("BTGP", "BGP", "B"), args)
     return h_BTGP, LRUState(*state)
 

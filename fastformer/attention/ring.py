@@ -57,17 +57,19 @@ def ring(
 
 
 def _forward(part, shards, mask, q_BTHK, k_BTGK, v_BTGP, seq):
+    beyond = _beyond(mask)
+
     def look(keys: Keys, mask: Mask) -> tuple[jax.Array, jax.Array]:
         return part.forward(q_BTHK, *keys[:2], (seq, keys[2]), mask)
 
-    keys = (k_BTGK, v_BTGP, seq)
+    keys = (k_BTGK, v_BTGP, seq._replace(last_BT=None))
     following = shards.later(keys, around=True)
     found = look(keys, mask)
 
     def turn(carry: tuple, number: jax.Array) -> tuple[tuple, None]:
         keys, found = carry
         following = shards.later(keys, around=True)  # under way while these are looked at
-        seen = _if_seen(shards, mask, number, lambda: _joined(found, look(keys, Mask(False))), lambda: found)
+        seen = _if_seen(shards, mask, number, lambda: _joined(found, look(keys, beyond)), lambda: found)
         return (following, seen), None
 
     (_, found), _ = jax.lax.scan(turn, (following, found), jnp.arange(1, shards.count))
@@ -80,7 +82,7 @@ def _backward(part, shards, mask, saved, cotangents):
     def gradients(keys: Keys, mask: Mask) -> tuple[jax.Array, ...]:
         return part.gradients((q_BTHK, *keys[:2]), (seq, keys[2]), mask, found, cotangents)
 
-    keys = (k_BTGK, v_BTGP, seq)
+    keys, beyond = (k_BTGK, v_BTGP, seq._replace(last_BT=None)), _beyond(mask)
     dq, *dkeys = gradients(keys, mask)
 
     def turn(carry: tuple, number: jax.Array) -> tuple[tuple, None]:
@@ -90,7 +92,7 @@ def _backward(part, shards, mask, saved, cotangents):
         sums = (sums[0], dk, dv)
 
         def add() -> tuple[jax.Array, ...]:
-            return tuple(jnp.add(a, b) for a, b in zip(sums, gradients(keys, Mask(False))))
+            return tuple(jnp.add(a, b) for a, b in zip(sums, gradients(keys, beyond)))
 
         return (*_if_seen(shards, mask, number, add, lambda: sums), keys), None
 
@@ -102,9 +104,15 @@ def _backward(part, shards, mask, saved, cotangents):
 ring.defvjp(_forward, _backward)
 
 
+def _beyond(mask: Mask) -> Mask:
+    """Return the mask of the keys of another shard that is seen: all of them, but for what prefixes end."""
+    return mask if mask.prefix else Mask(False)
+
+
 def _if_seen(shards: TimeShards, mask: Mask, turn: jax.Array, then: Callable, otherwise: Callable) -> Any:
     """Return ``then()`` where the keys of this turn are of shards that this one can see."""
-    return jax.lax.cond(turn <= shards.index(), then, otherwise) if mask.causal else then()
+    earlier = mask.causal and not mask.prefix
+    return jax.lax.cond(turn <= shards.index(), then, otherwise) if earlier else then()
 
 
 def _joined(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:

@@ -21,17 +21,21 @@ class Mask(NamedTuple):
     Attributes:
       causal: keys after the query are hidden.
       window: keys at a distance of ``window`` tokens or more are hidden; 0 is no limit.
+      prefix: a causal query sees up to its ``last_BT``, wherever that is.
     """
 
     causal: bool = True
     window: int = 0
+    prefix: bool = False
 
     def visible(self, q_seq: Seq, k_seq: Seq) -> jax.Array:
         """Return the boolean mask [B, T, S] of query and key tokens."""
         same = q_seq.segment_BT[:, :, None] == k_seq.segment_BT[:, None, :]
         distance = q_seq.position_BT[:, :, None] - k_seq.position_BT[:, None, :]
         seen = same & (k_seq.segment_BT > 0)[:, None, :]
-        if self.causal:
+        if self.causal and self.prefix:
+            seen &= k_seq.position_BT[:, None, :] <= q_seq.last_BT[:, :, None]
+        elif self.causal:
             seen &= distance >= 0
         if self.window:
             seen &= jnp.abs(distance) < self.window
@@ -46,7 +50,7 @@ class Mask(NamedTuple):
         """
         distance = first_q[:, None] - first_k[None, :]
         seen = np.ones(distance.shape, bool)
-        if self.causal:
+        if self.causal and not self.prefix:
             seen &= distance > -size
         if self.window:
             seen &= np.abs(distance) < self.window + size - 1

@@ -32,7 +32,8 @@ def reference(
 ) -> jax.Array:
     """Return ``softmax(q k^T / sqrt(K)) v`` by a dense mask, [B, T, H, P] float32 (1706.03762, eq. 1)."""
     seqs = (seq, kv_seq or seq)
-    return reference_attention(q_BTHK, k_BSGK, v_BSGP, *seqs, Mask(causal), bend, sink_H=sink_H)
+    mask = Mask(causal, prefix=seq.last_BT is not None)
+    return reference_attention(q_BTHK, k_BSGK, v_BSGP, *seqs, mask, bend, sink_H=sink_H)
 
 
 def forward(
@@ -63,7 +64,8 @@ def forward(
         mask = Mask(causal and kv_seq is None)
         options = {"past": past, "implementation": implementation, "sink_H": sink_H}
         return attend_sunk(q_BTHK, k_BSGK, v_BSGP, seqs, mask, bend, **options), None
-    return stream(q_BTHK, k_BSGK, v_BSGP, seq, state, Mask(True), bend, implementation, sink_H)
+    mask = Mask(True, prefix=seq.last_BT is not None)
+    return stream(q_BTHK, k_BSGK, v_BSGP, seq, state, mask, bend, implementation, sink_H)
 
 
 def stream(
@@ -206,6 +208,7 @@ class Softmax(Mixer):
     bidirectional: ClassVar[bool] = True
     cross: ClassVar[bool] = True
     streaming: ClassVar[bool] = True
+    prefix_lm: ClassVar[bool] = True
     scores: ClassVar[bool] = True
     context_parallel: ClassVar[bool] = True
     kernels: ClassVar[bool] = True

@@ -122,7 +122,7 @@ def band(
     """
     if mask.step == 1:
         return attend_part(q_BTHK, k_BTGK, v_BTGP, seq, seq, mask, bend, block=block)
-    apart = Seq(*(fold(x, mask.step) for x in seq))
+    apart = jax.tree.map(lambda x: fold(x, mask.step), seq)
     q, k, v = (fold(x, mask.step) for x in (q_BTHK, k_BTGK, v_BTGP))
     part = attend_part(q, k, v, apart, apart, Folded(mask), bend, block=block)
     return tuple(unfold(x, mask.step, q_BTHK.shape[1]) for x in part)

@@ -1,4 +1,4 @@
-"""Which segment each token belongs to, and its position there: all that masking needs."""
+"""Which segment each token belongs to, its position there and how far it sees: all that masking needs."""
 
 from __future__ import annotations
 
@@ -16,10 +16,14 @@ class Seq(NamedTuple):
         The tokens of one segment stand side by side within one call, in order.
       position_BT: int32; 0, 1, 2, … within a segment. In streaming they go on where the last
         call stopped.
+      last_BT: int32; the position of the last token that each sees of its segment, where attention is causal:
+        of the tokens of a prefix, which see all of it, its last one. A prefix begins its segment and is whole
+        within one call. None is each token's own position.
     """
 
     segment_BT: jax.Array
     position_BT: jax.Array
+    last_BT: jax.Array | None = None
 
 
 def whole(batch: int, time: int, start: int | jax.Array = 0) -> Seq:
