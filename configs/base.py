@@ -56,6 +56,7 @@ def get_config() -> ConfigDict:
     c.model.loss_chunk = 0  # tokens of a row whose logits exist at once in training; 0 is all of them
     c.model.pattern = ()  # mixers by layer, repeated: ("local", "local", "softmax"); () is attention.name
     c.model.bidirectional = False  # an encoder's tokens see those after them too
+    c.model.prefix_lm = False  # a decoder's tokens of a source see all of it, those after them too (softmax)
     c.model.encoder_layers = 0  # blocks of the encoder of an encoder_decoder
     c.model.encoder_pattern = ()  # its mixers by layer, which see in both directions; () is those above
     c.model.attention = ConfigDict()

@@ -29,8 +29,9 @@ PROMPTS = [[END, 1, END], [END, 2, 0, 3, END], [END, 3, END]]
 @functools.cache
 def model_of(kind, mixer="softmax"):
     c = base.get_config()
-    c.model.name, c.model.layers, c.model.width, c.model.heads = kind, 1, 16, 2
-    c.model.encoder_layers = 1 if kind == "encoder_decoder" else 0
+    c.model.prefix_lm = kind == "prefix_lm"
+    c.model.name, c.model.layers = "decoder" if c.model.prefix_lm else kind, 1
+    c.model.width, c.model.heads, c.model.encoder_layers = 16, 2, 1 if kind == "encoder_decoder" else 0
     c.model.attention.name = mixer
     model = models.build(c, END + 1, LENGTH)
     source = {"source": Source(jnp.zeros((1, 4), jnp.int32), whole(1, 4))} if c.model.encoder_layers else {}
@@ -54,7 +55,9 @@ def scorer(kind, mixer="softmax"):
     def score(tokens, lengths, sources, source_lengths):
         source = Source(sources, seq_of(sources, source_lengths))
         source = {"source": source} if model.config.encoder_layers else {}
-        logits = model.apply({"params": params}, tokens, seq_of(tokens, lengths), **source)[0]
+        seq = seq_of(tokens, lengths)
+        last_BT = None if source else jnp.maximum(seq.position_BT, source_lengths[:, None] - 1)
+        logits = model.apply({"params": params}, tokens, seq._replace(last_BT=last_BT), **source)[0]
         logp = jax.nn.log_softmax(logits, axis=-1)
         return jnp.take_along_axis(logp[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]
 
@@ -81,7 +84,7 @@ def best(kind, prompt, alpha):
     return list(texts[np.argmax(log_probabilities(kind, prompt, texts) / ((5 + sizes) / 6) ** alpha)][:-1])
 
 
-@pytest.mark.parametrize("kind", ["encoder_decoder", "decoder"])
+@pytest.mark.parametrize("kind", ["encoder_decoder", "decoder", "prefix_lm"])
 @pytest.mark.parametrize("alpha", [0.0, 3.0])
 def test_a_beam_that_holds_all_finds_the_best(kind, alpha):
     model, params = model_of(kind)

@@ -170,6 +170,7 @@ def test_no_text_spells_a_special_token():
         ({"model__attention__name": "gated_delta"}, "no format holds gated_delta"),
         ({"model__pattern": ("softmax", "local")}, "no format holds a pattern"),
         ({"model__qk_norm": True}, "config.model.qk_norm: the formats"),
+        ({"model__prefix_lm": True}, "config.model.prefix_lm: the formats"),
         ({"model__short_conv": 4}, "config.model.short_conv: the formats"),
         ({"model__mlp": "gelu"}, "norm rms, mlp gelu"),
         ({"model__attention__learned_sinks": True}, "config.model.attention.learned_sinks"),

@@ -202,6 +202,7 @@ def test_rows_hold_every_pair_once(tmp_path, joined):
                 end = 1 + tokens[1:].tolist().index(eod)
                 source, target = tokens[1:end], tokens[end + 1 :]
                 assert weights.tolist() == [0.0] * end + [1.0] * (len(target) + 1)
+                assert row["last_BT"][here].tolist() == [max(at, end) for at in range(here.sum())]
             else:
                 source, target = row["source_tokens_BS"][row["source_segment_BS"] == number][1:-1], tokens[1:]
                 assert weights.all()

@@ -19,7 +19,8 @@ class PairRows(Examples):
     """Rows of several pairs each; every pair is a segment.
 
     A source is written as a document with its end, ``eod s1 … sn eod``. With ``joined``, what follows
-    in the same segment is the target, ``t1 … tm eod``, whose tokens alone count. Else sources and
+    in the same segment is the target, ``t1 … tm eod``, whose tokens alone count, and ``last_BT`` is the
+    position of the last token that each may see where sources see all of themselves. Else sources and
     targets stand in rows of their own (``source_tokens_BS`` …), the target as ``eod t1 … tm``.
 
     Attributes:
@@ -107,6 +108,9 @@ def joined_row(pairs: Sequence[tuple[Tokens, Tokens]], length: int) -> Row:
     """Return each source with its target behind it; a token counts when the next is the target's."""
     whole = [source + target[1:] for source, target in pairs]
     row = {f"{name}_T": x for name, x in _row([tokens[:-1] for tokens in whole], length).items()}
+    ends = [len(source) for source, _ in pairs]
+    seen = [[end - 1] * end + [*range(end, len(tokens) - 1)] for end, tokens in zip(ends, whole)]
+    row["last_T"] = _row(seen, length)["tokens"]
     counts = [[0] * (len(source) - 1) + [1] * (len(target) - 1) for source, target in pairs]
     after = _row([tokens[1:] for tokens in whole], length)["tokens"]
     return row | {"targets_T": after, "weights_T": _row(counts, length)["tokens"].astype(np.float32)}

@@ -54,7 +54,8 @@ class GenerateConfig:
 def prefill(model, params, tokens_BT, lengths_B, capacity: int, end: int) -> tuple[jax.Array, Any, jax.Array]:
     """Return logits of the first new token, [B, V], the state and the first new position, [B].
 
-    A model that reads sources is given the prompts as such, and ``end`` as the beginning of a target.
+    A model that reads sources is given the prompts as such, and ``end`` as the beginning of a target; to
+    another one each is a prefix.
 
     Args:
       tokens_BT: prompts, padded right.
@@ -72,6 +73,7 @@ def prefill(model, params, tokens_BT, lengths_B, capacity: int, end: int) -> tup
         logits_BV, state = decode_step(model, params, begin_B, first_B, jnp.ones((batch,), bool), state)
         return logits_BV, state, first_B + 1
     state = model.init_state(batch, capacity)
+    seq = seq._replace(last_BT=jnp.broadcast_to(lengths_B[:, None] - 1, (batch, padded)))
     logits_BTV, state = model.apply({"params": params}, tokens_BT, seq, state)
     last_BV = jnp.take_along_axis(logits_BTV, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
     return last_BV, state, lengths_B

@@ -17,7 +17,7 @@ PLAIN = {
     "name": "decoder", "qk_norm": False, "soft_cap": 0.0, "short_conv": -1, "output_gate": False,
     "pattern": (), "bidirectional": False, "encoder_layers": 0, "encoder_pattern": (), "head_width": 0,
     "scan": False, "bias": False, "attention": {"name": "softmax"}, "norm_placement": "pre",
-    "embedding_norm": False, "token_types": 0,
+    "embedding_norm": False, "token_types": 0, "prefix_lm": False,
 }  # fmt: skip
 
 
@@ -322,7 +322,7 @@ def family_of(model: Any) -> Family:
     lacks = {
         "qk_norm": model.qk_norm, "soft_cap": bool(model.soft_cap), "short_conv": model.short_conv > 0,
         "output_gate": model.output_gate, "norm_placement": model.norm_placement != "pre",
-        "embedding_norm": model.embedding_norm,
+        "embedding_norm": model.embedding_norm, "prefix_lm": model.prefix_lm,
     }  # fmt: skip
     for name, has in lacks.items():
         if has:

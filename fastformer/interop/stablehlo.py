@@ -69,7 +69,8 @@ def write(folder: Path, model: Any, params: Any, tokeniser: Tokeniser) -> None:
 
     def first(weights: Any, tokens_BT: jax.Array, lengths_B: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
         place_BT = jnp.arange(capacity, dtype=jnp.int32)[None]
-        seq = Seq((place_BT < lengths_B[:, None]).astype(jnp.int32), place_BT)
+        last_BT = jnp.broadcast_to(lengths_B[:, None] - 1, place_BT.shape)
+        seq = Seq((place_BT < lengths_B[:, None]).astype(jnp.int32), place_BT, last_BT)
         logits_BTV, state = apply(weights, tokens_BT, seq, model.init_state(1, capacity))
         last_BV = jnp.take_along_axis(logits_BTV, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
         return last_BV, jax.tree.leaves(state)

@@ -12,6 +12,7 @@ from flax.core import FrozenDict
 
 from fastformer.attention import DEFAULT, VARIANTS, check, make
 from fastformer.attention.implementations import IMPLEMENTATIONS
+from fastformer.attention.mixer import able
 from fastformer.attention.positions import KINDS
 from fastformer.core.dtypes import COMPUTE
 from fastformer.core.errors import FieldError, lookup, require
@@ -63,6 +64,7 @@ class ModelConfig:
     norm_placement: str = "pre"
     embedding_norm: bool = False
     token_types: int = 0
+    prefix_lm: bool = False
 
     def __post_init__(self) -> None:
         for field in ("layers", "width", "heads"):
@@ -113,6 +115,8 @@ class ModelConfig:
             check((*self.variants, *self.encoder_pattern), options)
         except FieldError as error:
             raise FieldError(f"attention.{error.field}", error.message) from error
+        if self.prefix_lm:
+            self._check_prefix()
         # The name that every configuration begins with gives way to a pattern.
         if self.attention["name"] not in (*self.variants, DEFAULT):
             raise FieldError(
@@ -124,6 +128,19 @@ class ModelConfig:
             self.mixer(index, detached=True)
         for index in range(self.encoder_layers):
             self.encoder_mixer(index, detached=True)
+
+    def _check_prefix(self) -> None:
+        for name in self.variants:
+            if not VARIANTS[name].prefix_lm:
+                raise FieldError("prefix_lm", f"{name} is not prefix_lm; {able('prefix_lm')}")
+        row = IMPLEMENTATIONS.get(self.implementation)
+        if row and not row.prefix:
+            others = ", ".join(name for name, row in IMPLEMENTATIONS.items() if row.prefix)
+            raise FieldError(
+                "implementation",
+                f"{self.implementation} has no mask with a prefix, which config.model.prefix_lm needs "
+                f"(allowed: auto, reference, {others})",
+            )
 
     def _check_remat(self) -> None:
         require(len(self.remat) >= 1, "remat", self.remat, "one policy, or several that layers repeat")

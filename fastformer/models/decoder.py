@@ -20,6 +20,9 @@ from fastformer.models.stack import init_state, run_stack
 class Decoder(nn.Module):
     """A causal language model: embedding, a stack of blocks, norm, head.
 
+    With ``config.prefix_lm`` the tokens of a prefix, of which ``seq.last_BT`` tells, see all of it (Raffel et
+    al. 2020, 1910.10683, section 3.2.2; Dong et al. 2019, 1905.03197, as its sequence-to-sequence LM).
+
     Attributes:
       config: its sizes and kinds.
       vocabulary: V.
@@ -66,6 +69,7 @@ class Decoder(nn.Module):
             nats are 0. None is all.
         """
         c = self.config
+        seq = seq if c.prefix_lm else seq._replace(last_BT=None)
         tables = Tables.of(self)
         x_BTD = embed(c, tables, tokens_BT, seq, deterministic)
         x_BTD, state = run_stack(c, self.length, x_BTD, seq, state, deterministic)

@@ -57,6 +57,8 @@ class Encoder(nn.Module):
         """
         if config.encoder_layers:
             raise FieldError("encoder_layers", "is of an encoder_decoder; an encoder has config.model.layers")
+        if config.prefix_lm:
+            raise FieldError("prefix_lm", "is of a decoder; an encoder has config.model.bidirectional")
         if config.loss_chunk:
             raise FieldError("loss_chunk", "an encoder makes its scores at once; set it 0")
 

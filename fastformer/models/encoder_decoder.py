@@ -63,6 +63,8 @@ class EncoderDecoder(nn.Module):
             raise FieldError("token_types", "an encoder_decoder has none; set it 0")
         if config.bidirectional:
             raise FieldError("bidirectional", "is of an encoder; that of an encoder_decoder always is")
+        if config.prefix_lm:
+            raise FieldError("prefix_lm", "is of a decoder; the sources of an encoder_decoder always see all")
         if not config.encoder_layers:
             raise FieldError("encoder_layers", "0 is not allowed; an encoder_decoder needs 1 or more")
         if config.scan:

@@ -149,7 +149,7 @@ def _mixer(model: ModelConfig, name: str, length: int) -> nn.Module:
     both_ways = model.bidirectional if able else not model.bidirectional
     try:
         alone = dataclasses.replace(
-            model, pattern=(), bidirectional=both_ways, attention={"name": name, **own}
+            model, pattern=(), bidirectional=both_ways, prefix_lm=False, attention={"name": name, **own}
         )
     except UserError as error:
         raise UserError(f"config.benchmark.variants: {name} cannot be: {error}") from error

@@ -37,6 +37,7 @@ class Task:
     higher: ClassVar[bool] = False  # a higher metric is better
     chunked: ClassVar[bool] = False  # its loss goes by config.model.loss_chunk
     lossy: ClassVar[bool] = False  # tokens may lose some of the text: it counts no bytes and cuts none out
+    sources: ClassVar[bool] = False  # its rows tell what is read from what is written after it
     asks: ClassVar[tuple[str, ...]] = ()  # flags of --mode=generate that it answers, all of them needed
 
     name: str
@@ -137,6 +138,14 @@ def check_fits(task: Task, config: ConfigDict) -> None:
         )
     if config.model.loss_chunk and not task.chunked:
         raise FieldError("config.model.loss_chunk", f"the loss of {task.name} wants all logits; set it 0")
+    if config.model.get("prefix_lm") and not task.sources:
+        from fastformer.tasks import TASKS  # the table imports the tasks, which import this file
+
+        others = ", ".join(name for name, row in TASKS.items() if row.sources)
+        raise FieldError(
+            "config.model.prefix_lm",
+            f"the task {task.name} has no sources (tasks that have: {others}); set it False",
+        )
     check_kind(config.data.source, task.kind)
 
 
@@ -155,7 +164,7 @@ def check_tokens(task: Task, tokeniser: Any) -> None:
 
 def apply(model: nn.Module, params: Any, batch: Batch, rng: jax.Array | None, **inputs: Any) -> jax.Array:
     """Return what a model makes of a batch, with dropout where there is a key for it."""
-    seq = Seq(batch["segment_BT"], batch["position_BT"])
+    seq = Seq(batch["segment_BT"], batch["position_BT"], batch.get("last_BT"))
     rngs = None if rng is None else {"dropout": rng}
     options = {"deterministic": rng is None, "rngs": rngs, **inputs}
     return model.apply({"params": params}, batch["tokens_BT"], seq, **options)[0]

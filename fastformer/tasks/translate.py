@@ -36,6 +36,7 @@ class Translate(Task):
     kind = "pairs"
     models = ("encoder_decoder", "decoder")
     metric = "nats_per_token"
+    sources = True
     asks = ("source",)
 
     name: str = "translate"

@@ -116,10 +116,12 @@ def through_state(run: Run, params: Any) -> dict[str, float]:
     """Return the task's first metric of held-out rows that are read token by token, as decoding reads.
 
     Once through the state as it is and once as config.generate.state stores it, so that the difference is
-    what storing it costs. Empty where it is stored as it is, and of models that have no state of their rows.
+    what storing it costs. Empty where it is stored as it is, and of models that have no state of their
+    rows, or whose prefixes are not read so.
     """
     state, metric = section(GenerateConfig, run.config, "generate").state, run.task.metric
-    if state == "float" or not hasattr(run.model, "init_state") or run.model.reads_sources:
+    model = run.model
+    if state == "float" or not hasattr(model, "init_state") or model.reads_sources or model.config.prefix_lm:
         return {}
     found = {}
     for name in ("float", state):
