@@ -3,7 +3,7 @@
 Command: python launch.py --mode=prepare --config=configs/translate.py (once, where apt-get is), then
   python launch.py --config=configs/translate.py (about 40 minutes on two CPU cores, not run).
   --config.model.name=decoder --config.model.encoder_layers=0 makes it a decoder that reads the source as
-  its prompt.
+  its prompt, --config.model.prefix_lm=True besides one whose source sees all of itself.
 Expect: at least 20 BLEU on held-out pages; copying the source gives the figure in the report.
 """
 
