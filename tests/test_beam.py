@@ -30,7 +30,8 @@ PROMPTS = [[END, 1, END], [END, 2, 0, 3, END], [END, 3, END]]
 def model_of(kind, mixer="softmax"):
     c = base.get_config()
     c.model.prefix_lm = kind == "prefix_lm"
-    c.model.name, c.model.layers = "decoder" if c.model.prefix_lm else kind, 1
+    # The first layer sees a source as it was embedded, whichever way: what else it sees is for the second.
+    c.model.name, c.model.layers = ("decoder", 2) if c.model.prefix_lm else (kind, 1)
     c.model.width, c.model.heads, c.model.encoder_layers = 16, 2, 1 if kind == "encoder_decoder" else 0
     c.model.attention.name = mixer
     model = models.build(c, END + 1, LENGTH)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 
@@ -16,7 +17,7 @@ from safetensors.numpy import load_file
 from tiny import configured
 
 from configs import base
-from fastformer import interop, models
+from fastformer import interop, models, tasks
 from fastformer.attention import VARIANTS, make
 from fastformer.core.errors import UserError
 from fastformer.core.mesh import MeshConfig, make_mesh, rules, use
@@ -230,6 +231,19 @@ def test_stablehlo_reads_prompts_so(tmp_path):
     ][0]
     near(got, logits(model, params, tokens, rows([[(7, 7)]], LENGTH))[6])
     assert np.abs(got - logits(model, params, tokens, rows([[(0, 7)]], LENGTH))[6]).max() > 1e-2
+
+
+def test_a_batch_tells_where_sources_end(tmp_path):
+    settings = {"model__name": "decoder", "model__encoder_layers": 0, "model__layers": 2}
+    config = test_translate.configured(tmp_path, **settings)
+    task, data = tasks.build(config), test_translate.opened(config)
+    batch, nats = next(data.heldout_batches(2)), []
+    model = models.build(config, data.vocabulary, 32)
+    params = nn.unbox(model.init(jax.random.key(0), batch["tokens_BT"], rows([[(0, 32)]] * 2, 32)))["params"]
+    for prefix_lm in (False, True):
+        one = model.clone(config=dataclasses.replace(model.config, prefix_lm=prefix_lm))
+        nats.append(float(jax.jit(functools.partial(task.loss, one))(params, batch)[0]))
+    assert nats[0] != pytest.approx(nats[1], rel=1e-5)
 
 
 def test_a_small_language_is_learnt_by_a_prefix_lm(tmp_path, capsys):
