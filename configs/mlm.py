@@ -20,9 +20,10 @@ def get_config() -> ConfigDict:
     c.model.layers = 4
     c.model.width = 192
     c.model.heads = 4
-    c.train.steps = 2000
+    c.train.steps = 1500
     c.train.batch = 16
-    c.optimiser.learning_rate = 2e-3
+    c.optimiser.name = "muon"
+    c.optimiser.learning_rate = 1e-2
     c.evaluate.every = 250
     c.evaluate.rows = 64
     return c

@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
     c.task = ConfigDict({"name": "translate", "label_smoothing": 0.1, "sentences": 500})
     c.data.source = "libreoffice_help:de"
     c.data.tokeniser = "bpe"
-    c.data.vocabulary = 4000
+    c.data.vocabulary = 2000
     c.data.length = 256
     c.model.name = "encoder_decoder"
     c.model.encoder_layers = 2
@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
     c.model.heads = 4
     c.model.positions = "sinusoidal"  # says where to look in the source before anything else does
     c.model.dropout = 0.1
-    c.train.steps = 3000
+    c.train.steps = 5000
     c.train.batch = 8
     c.optimiser.name = "muon"
     c.optimiser.learning_rate = 1e-2
