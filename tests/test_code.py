@@ -52,6 +52,7 @@ def test_completions_are_cut_and_judged():
     asked = Function('def f():\n    """Do."""\n', "    a = 1\n    return a\n", False)
     found = judged([asked] * 4, ["    a = 1\n    b\n", "    return (\n", "", "    return 2\nprint(\n"])
     assert found == {"functions_parse": 0.5, "next_line_exact": 0.25}
+    assert judged([asked], ["    # Only a comment.\n"])["functions_parse"] == 0
 
 
 def doctested(body, doc=">>> f(2)\n    4"):
