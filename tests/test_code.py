@@ -1,8 +1,9 @@
-"""What generated text and code are worth; and that a model's code can do no harm."""
+"""What generated text and code are worth."""
 
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -11,7 +12,6 @@ from tiny import tiny_config
 from fastformer.core import config as configuration
 from fastformer.tasks.code import Code, Function, cut, functions, judged
 from fastformer.tasks.diversity import distinct, repetition
-from fastformer.tasks.sandbox import passes
 from fastformer.train import loop
 
 MODULE = '''
@@ -19,8 +19,8 @@ class A:
     def twice(self, x):
         """Double.
 
-        >>> 1 + 1
-        2
+        >>> A().twice(2)
+        4
         """
         y = 2 * x
         return y
@@ -42,70 +42,29 @@ def test_diversity():
 
 def test_functions_are_found_without_their_indent():
     (found,) = functions([MODULE, "no python ("])
-    assert found.tested and found.body == "    y = 2 * x\n    return y\n"
+    assert found.tests and found.body == "    y = 2 * x\n    return y\n"
     assert found.prompt.startswith("def twice(self, x):\n") and found.prompt.endswith('"""\n')
+    assert found.module(found.body) == MODULE and found.module("    return x\n") == MODULE.replace(
+        "        y = 2 * x\n        return y\n", "        return x\n"
+    )
+    assert list(functions(["x = 1\n\f\n" + MODULE]))[0][:3] == found[:3]
 
 
 def test_completions_are_cut_and_judged():
     assert cut("    a = 1\n\n    return a\n\ndef b():\n") == "    a = 1\n\n    return a\n\n"
     assert cut("    a = 1\n    retu") == "    a = 1\n" and cut("x = 1\n") == ""
-    asked = Function('def f():\n    """Do."""\n', "    a = 1\n    return a\n", False)
+    asked = Function('def f():\n    """Do."""\n', "    a = 1\n    return a\n")
     found = judged([asked] * 4, ["    a = 1\n    b\n", "    return (\n", "", "    return 2\nprint(\n"])
     assert found == {"functions_parse": 0.5, "next_line_exact": 0.25}
     assert judged([asked], ["    # Only a comment.\n"])["functions_parse"] == 0
-
-
-def doctested(body, doc=">>> f(2)\n    4"):
-    return f'def f(x):\n    """Do.\n\n    {doc}\n    """\n{body}\n'
-
-
-def test_doctests_pass_or_fail():
-    assert passes(doctested("    return 2 * x"))
-    assert passes(doctested("    import math\n    return math.floor(x) + 2"))
-    assert not passes(doctested("    return x"))
-    assert not passes(doctested("    return 4", doc="no test"))
-    assert not passes(doctested("    return (", ">>> f(2)\n    4"))
-
-
-@pytest.mark.parametrize(
-    "harm",
-    [
-        "open({path!r}, 'w').write('x')",
-        "__import__('os').open({path!r}, 65)",
-        "__import__('pathlib').Path({path!r}).touch()",
-        "__import__('os').remove({victim!r})",
-        "__import__('shutil').rmtree({folder!r})",
-        "open({victim!r}).read()",
-        "__import__('os').system('touch {path}')",
-        "__import__('subprocess').run(['touch', {path!r}])",
-        "__import__('os').fork()",
-        "__import__('socket').socket()",
-        "__import__('ctypes').CDLL(None)",
-        "__import__('os').kill(1, 0)",
-        "__import__('os').environ['PATH'][0]",
-        "__import__('os')._exit(0)",
-        "open(__import__('os').__file__ + '/../../../../../../..' + {victim!r}).read()",
-    ],
-)
-def test_code_can_do_no_harm(harm, tmp_path):
-    """It does, and then returns what passes; that it does not pass shows that it was stopped."""
-    victim, path = tmp_path / "victim", tmp_path / "new"
-    victim.write_text("here")
-    line = harm.format(path=str(path), victim=str(victim), folder=str(tmp_path))
-    assert not passes(doctested(f"    {line}\n    return 4"))
-    assert not path.exists() and victim.read_text() == "here"
-
-
-@pytest.mark.parametrize("waste", ["while True: pass", "[0] * 10**10", "__import__('time').sleep(100)"])
-def test_code_cannot_waste(waste):
-    assert not passes(doctested(f"    {waste}\n    return 4"), seconds=1)
 
 
 def test_a_code_run_is_judged(tmp_path):
     config = tiny_config(tmp_path)
     (tmp_path / "code").mkdir()
     for number in range(6):
-        (tmp_path / f"code/{number}.py").write_text(MODULE.replace("twice", f"twice{number}") * 3)
+        text = "".join(MODULE.replace("A", f"A{number}{part}") for part in range(3))
+        (tmp_path / f"code/{number}.py").write_text(text)
     changes = {"task.name": "code", "task.functions": 2, "task.run_doctests": True, "task.continued": 2}
     changes |= {"data.source": f"files:{tmp_path}/code/*.py", "evaluate.every": 0, "train.steps": 4}
     for key, value in changes.items():
@@ -116,14 +75,71 @@ def test_a_code_run_is_judged(tmp_path):
     assert wanted <= set(quality) and quality["bits_per_byte"] > 0 and quality["functions_tested"] == 2
 
 
+class Data:
+    """Held-out texts, and a model that completes all with ``line``."""
+
+    def __init__(self, line, *texts):
+        self.heldout_texts = lambda: texts
+        self.tokeniser = SimpleNamespace(eod=0, encode=lambda text: [1], decode=lambda ids: line)
+
+    def judged(self, **settings):
+        return Code(run_doctests=True, **settings).decoded(lambda rows: rows, self, 0)
+
+
 def test_the_authors_bodies_would_pass():
-    class Data:
-        class tokeniser:
-            eod = 0
-            encode = staticmethod(lambda text: [1])
-            decode = staticmethod(lambda ids: "    y = 2 * x\n    return y\n")
-
-        heldout_texts = staticmethod(lambda: [MODULE])
-
-    found = Code(run_doctests=True).decoded(lambda rows: rows, Data, 0)
+    found = Data("    y = 2 * x\n    return y\n", MODULE).judged()
     assert found == {"functions_parse": 1, "next_line_exact": 1, "doctests_pass": 1, "functions_tested": 1}
+    assert Data("    return x\n", MODULE).judged()["doctests_pass"] == 0
+
+
+USED = '''
+import functools
+
+def doubled(f):
+    return functools.wraps(f)(lambda x: 2 * f(x))
+
+@doubled
+def one(x):
+    """Add one.
+
+    >>> one(1) + TWO
+    6
+    """
+    return x + 1
+
+TWO = 2
+'''
+REPLACED = '''
+def length(x):
+    """Count.
+
+    >>> length("ab")
+    2
+    """
+    return sum(1 for _ in x)
+
+from builtins import len as length
+'''
+
+
+def test_a_function_is_tested_within_its_module():
+    assert Data("    return x + 1\n", USED).judged()["doctests_pass"] == 1
+    assert Data("    return x + 2\n", USED).judged()["doctests_pass"] == 0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        USED.replace("6", "7"),  # the author's own body does not pass
+        USED.replace("import functools", "import functools, not_there"),
+        REPLACED,  # the body is not what the doctests call
+        USED.replace(">>> one(1) + TWO\n    6", ">>> 1 + 1\n    2"),
+    ],
+)
+def test_what_tells_nothing_gives_no_figure(text, capsys):
+    found = Data("    return x + 1\n", text).judged()
+    assert found["functions_tested"] == 0 and "doctests_pass" not in found
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("doctests_pass: no figure, for of 1 held-out functions")
+    assert Data("    return x + 1\n", text, USED).judged()["functions_tested"] == 1
+    assert Data("    return x + 1\n", text, USED).judged(functions=1)["functions_tested"] == 0

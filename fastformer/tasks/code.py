@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import io
+import sys
 import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
@@ -10,22 +12,44 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
+import jax
+
 from fastformer.core.errors import UserError, require
 from fastformer.data import open_data
 from fastformer.data.changed import InfilledText
 from fastformer.data.changed import asked as before_middle
-from fastformer.tasks.sandbox import passes
+from fastformer.data.tokenisers import Tokeniser
+from fastformer.tasks.sandbox import check, passes
+from fastformer.tasks.task import Complete
 from fastformer.tasks.text import Text, answers
 
 HOLE = "<hole>"  # in a prompt: what is to be filled in
 
 
 class Function(NamedTuple):
-    """A function of the held-out split: what stands before its body, the body, whether doctests call it."""
+    """A function of the held-out split.
+
+    Attributes:
+      prompt: what stands before its body, and ``body``, both without the indent that it has in its module.
+      tests: its docstring if that holds doctests, else "".
+      lines, span: of its module, and where in them the body begins and ends.
+    """
 
     prompt: str
     body: str
-    tested: bool
+    tests: str = ""
+    lines: Sequence[str] = ()
+    span: tuple[int, int] = (0, 0)
+    indent: str = ""
+
+    def module(self, body: str) -> str:
+        """Return the module with another body in the place of the function's own."""
+        start, end = self.span
+        return "".join([*self.lines[:start], textwrap.indent(body, self.indent), *self.lines[end:]])
+
+    def passes(self, body: str) -> bool:
+        """Return whether the function's doctests pass in its module with this body."""
+        return passes(self.module(body), self.tests)
 
 
 @dataclass(frozen=True)
@@ -38,8 +62,9 @@ class Code(Text):
       functions: completed for the fraction that parses and the exact match of the first line; 0 is none.
       infill: fraction of the documents that are trained on with their middle last, so that a hole can be
         filled in (Bavarian et al. 2022, 2207.14255).
-      run_doctests: run the doctests of completions in a process without rights (tasks/sandbox.py); only
-        functions that need nothing but themselves can pass.
+      run_doctests: run the doctests of completions, each in its module, in a process without rights
+        (tasks/sandbox.py). Of the first ``functions`` that have some, those count as tested that pass with
+        the author's body and not with none.
     """
 
     name: str = "code"
@@ -53,6 +78,8 @@ class Code(Text):
         require(0 <= self.infill <= 1, "infill", self.infill, "from 0 to 1")
 
     def open(self, data, workdir, config):
+        if self.run_doctests:
+            check()
         if not self.infill:
             return super().open(data, workdir, config)
         return open_data(data, workdir, partial(InfilledText, fraction=self.infill))
@@ -82,12 +109,25 @@ class Code(Text):
             lines = filled(complete, data.tokeniser, [(a, b) for a, _, b in holes])
             same = sum(line.strip() == wanted.strip() for line, (_, wanted, _) in zip(lines, holes))
             found |= {"infilled_line_exact": same / len(chosen)}
-        tested = [f for f in every if f.tested][: self.functions] if self.run_doctests else []
-        if tested:
-            bodies = answers(complete, data.tokeniser, [f.prompt for f in tested])
-            done = [passes(f.prompt + cut(body)) for f, body in zip(tested, bodies)]
-            found |= {"doctests_pass": sum(done) / len(done), "functions_tested": float(len(done))}
+        if self.run_doctests:
+            found |= doctested([f for f in every if f.tests][: self.functions], complete, data.tokeniser)
         return found
+
+
+def doctested(asked: Sequence[Function], complete: Complete, tokeniser: Tokeniser) -> dict[str, float]:
+    """Return how many functions' doctests tell a right body from none, and the fraction that a model passes.
+
+    Where there are none there is no fraction, and a line on stderr says so.
+    """
+    # All are completed, for the processes of a run complete together and might not count the same.
+    bodies = answers(complete, tokeniser, [f.prompt for f in asked]) if asked else []
+    done = [f.passes(cut(body)) for f, body in zip(asked, bodies) if f.passes(f.body) and not f.passes("")]
+    if done:
+        return {"doctests_pass": sum(done) / len(done), "functions_tested": float(len(done))}
+    if jax.process_index() == 0:
+        why = f"of {len(asked)} held-out functions with doctests none passes with its author's body only"
+        print(f"doctests_pass: no figure, for {why}", file=sys.stderr, flush=True)
+    return {"functions_tested": 0.0}
 
 
 def filled(complete, tokeniser, sides: Sequence[Sequence[str]]) -> list[str]:
@@ -116,17 +156,21 @@ def functions(texts: Sequence[str]) -> Iterator[Function]:
                 tree = ast.parse(text)
             except (SyntaxError, ValueError):
                 continue
-        lines = text.splitlines(keepends=True)
+        lines = list(io.StringIO(text))  # a form feed ends no line of Python's
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) and len(node.body) > 1:
                 yield _function(node, lines)
 
 
 def _function(node: ast.FunctionDef, lines: Sequence[str]) -> Function:
-    first, after = node.lineno - 1, node.body[0].end_lineno
-    whole = textwrap.dedent("".join(lines[first : node.end_lineno]))
-    cut_at = len("".join(whole.splitlines(keepends=True)[: after - first]))
-    return Function(whole[:cut_at], whole[cut_at:], ">>>" in ast.get_docstring(node))
+    start, end = node.body[0].end_lineno, node.end_lineno
+    own = lines[node.lineno - 1 : end]
+    whole = list(io.StringIO(textwrap.dedent("".join(own))))
+    head = start - node.lineno + 1
+    indent = own[0][: len(own[0]) - len(whole[0])]
+    doc = ast.get_docstring(node)
+    tests = doc if ">>>" in doc else ""
+    return Function("".join(whole[:head]), "".join(whole[head:]), tests, lines, (start, end), indent)
 
 
 def cut(body: str) -> str:
