@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
     c.model.width = 64
     c.model.heads = 1
     c.model.positions = "none"
-    c.model.short_conv = 4  # puts a key beside its value, as in 2402.18668; without it 3,000 steps do not solve it
+    c.model.short_conv = 4  # puts a key beside its value, as in 2402.18668; without it 3,000 steps do not do
     c.train.steps = 600
     c.train.batch = 64
     c.optimiser.learning_rate = 8e-3  # at 2e-3 it takes several times as many steps

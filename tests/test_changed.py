@@ -163,5 +163,11 @@ def test_a_hole_is_filled_in():
     for wrong, of in ((["a", f"a{HOLE}"], task), ([f"{HOLE}{HOLE}"], task), ([HOLE], Code())):
         with pytest.raises(UserError, match="--prompt: <hole> is for models trained with config.task.infill"):
             of.respond(complete, tokeniser, {"prompt": wrong}, None, None)
-    function = Function("def f():\n", "    a = 1\n\n    b = 2\n    return b\n", False)
-    assert hole(function) == ("def f():\n    a = 1\n", "    b = 2\n", "    return b\n")
+    lines = ["def f():\n", "    a = 1\n", "\n", "    b = 2\n", "    return b\n"]
+    assert hole(Function(lines, 0, 1, 5)) == ("def f():\n    a = 1\n", "b = 2", "\n    return b\n")
+    rows.clear()  # a line's end and the indent after it are one token's, and so the model's to write
+    lines = "def f():\n    <hole>\n    return b\n"
+    assert task.respond(complete, tokeniser, {"prompt": [lines]}, None, None) == [
+        "def f():MID\n    return b\n"
+    ]
+    assert rows[0][2 : 2 + len("def f():") + 1] == [*b"def f():", marks[1]]

@@ -10,7 +10,7 @@ import pytest
 from tiny import tiny_config
 
 from fastformer.core import config as configuration
-from fastformer.tasks.code import Code, Function, cut, functions, judged
+from fastformer.tasks.code import Code, bodies, functions, judged
 from fastformer.tasks.diversity import distinct, repetition
 from fastformer.train import loop
 
@@ -40,23 +40,45 @@ def test_diversity():
     assert repetition(["x"]) == 0
 
 
-def test_functions_are_found_without_their_indent():
+def test_functions_are_found_in_their_modules():
     (found,) = functions([MODULE, "no python ("])
-    assert found.tests and found.body == "    y = 2 * x\n    return y\n"
-    assert found.prompt.startswith("def twice(self, x):\n") and found.prompt.endswith('"""\n')
-    assert found.module(found.body) == MODULE and found.module("    return x\n") == MODULE.replace(
-        "        y = 2 * x\n        return y\n", "        return x\n"
+    assert found.tests and found.body == "        y = 2 * x\n        return y\n"
+    before = MODULE.partition(found.body)[0]
+    assert found.prompt == before
+    (found,) = functions(["\f\n" + 30 * "y = 1\n" + MODULE])
+    assert found.prompt == 18 * "y = 1\n" + before  # and two lines of the module's own above the function
+
+
+IN_CLASS = '''class A:
+    def f():
+        """Do.
+
+More."""
+        a = 1
+        return a
+'''
+ALONE = 'def f():\n    """Do."""\n    a = 1\n    return a\n'
+
+
+@pytest.mark.parametrize("text, indent", [(IN_CLASS, "        "), (ALONE, "    ")])
+def test_completions_are_cut_and_judged(text, indent):
+    (f,) = functions([text])
+    own = f"{indent}a = 1\n\n{indent}return a\n\n"
+    assert f.cut(own + indent[4:] + "def b():\n") == own
+    assert f.cut(f"{indent}a = 1\n{indent}retu") == f"{indent}a = 1\n" and f.cut(indent[4:] + "x = 1\n") == ""
+    given = [own, f"{indent}return (\n", "", f"{indent}return 2\n"]
+    assert judged([f] * 4, given) == {"functions_parse": 0.5, "next_line_exact": 0.25}
+    assert judged([f], [f"{indent}# Only a comment.\n"])["functions_parse"] == 0
+
+
+def test_a_body_begins_on_a_line_of_its_own():
+    """A line's end and the indent after it are one token's: the model is asked to write them both."""
+    asked, written = [], iter(["\n        y = 1\n        return y\n    def g", " + 1\n        return y\n"])
+    tokeniser = SimpleNamespace(
+        eod=0, encode=lambda text: asked.append(text) or [1], decode=lambda ids: next(written)
     )
-    assert list(functions(["x = 1\n\f\n" + MODULE]))[0][:3] == found[:3]
-
-
-def test_completions_are_cut_and_judged():
-    assert cut("    a = 1\n\n    return a\n\ndef b():\n") == "    a = 1\n\n    return a\n\n"
-    assert cut("    a = 1\n    retu") == "    a = 1\n" and cut("x = 1\n") == ""
-    asked = Function('def f():\n    """Do."""\n', "    a = 1\n    return a\n")
-    found = judged([asked] * 4, ["    a = 1\n    b\n", "    return (\n", "", "    return 2\nprint(\n"])
-    assert found == {"functions_parse": 0.5, "next_line_exact": 0.25}
-    assert judged([asked], ["    # Only a comment.\n"])["functions_parse"] == 0
+    found = bodies(2 * list(functions([MODULE])), lambda rows: rows, tokeniser)
+    assert found == ["        y = 1\n        return y\n", ""] and asked[0].endswith('"""')
 
 
 def test_a_code_run_is_judged(tmp_path):
@@ -87,9 +109,9 @@ class Data:
 
 
 def test_the_authors_bodies_would_pass():
-    found = Data("    y = 2 * x\n    return y\n", MODULE).judged()
+    found = Data("\n        y = 2 * x\n        return y\n", MODULE).judged()
     assert found == {"functions_parse": 1, "next_line_exact": 1, "doctests_pass": 1, "functions_tested": 1}
-    assert Data("    return x\n", MODULE).judged()["doctests_pass"] == 0
+    assert Data("\n        return x\n", MODULE).judged()["doctests_pass"] == 0
 
 
 USED = '''
@@ -123,8 +145,8 @@ from builtins import len as length
 
 
 def test_a_function_is_tested_within_its_module():
-    assert Data("    return x + 1\n", USED).judged()["doctests_pass"] == 1
-    assert Data("    return x + 2\n", USED).judged()["doctests_pass"] == 0
+    assert Data("\n    return x + 1\n", USED).judged()["doctests_pass"] == 1
+    assert Data("\n    return x + 2\n", USED).judged()["doctests_pass"] == 0
 
 
 @pytest.mark.parametrize(
@@ -137,9 +159,9 @@ def test_a_function_is_tested_within_its_module():
     ],
 )
 def test_what_tells_nothing_gives_no_figure(text, capsys):
-    found = Data("    return x + 1\n", text).judged()
+    found = Data("\n    return x + 1\n", text).judged()
     assert found["functions_tested"] == 0 and "doctests_pass" not in found
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("doctests_pass: no figure, for of 1 held-out functions")
-    assert Data("    return x + 1\n", text, USED).judged()["functions_tested"] == 1
-    assert Data("    return x + 1\n", text, USED).judged(functions=1)["functions_tested"] == 0
+    assert Data("\n    return x + 1\n", text, USED).judged()["functions_tested"] == 1
+    assert Data("\n    return x + 1\n", text, USED).judged(functions=1)["functions_tested"] == 0

@@ -135,7 +135,7 @@ def check_sections(config: ConfigDict) -> None:
             )
     for key in SECTIONS:
         if key not in config:
-            raise UserError(f"config.{key}: is missing; begin with base.get_config(), as configs/digits.py does")
+            raise UserError(f"config.{key}: is missing; begin with base.get_config(), as configs/mlm.py does")
         kind = {"name": str, "seed": int}.get(key, ConfigDict)
         if not isinstance(config[key], kind):
             wanted = "a section" if kind is ConfigDict else f"of type {kind.__name__}"

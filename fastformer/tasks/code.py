@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import io
 import sys
-import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,48 +17,84 @@ from fastformer.core.errors import UserError, require
 from fastformer.data import open_data
 from fastformer.data.changed import InfilledText
 from fastformer.data.changed import asked as before_middle
+from fastformer.data.splits import spread
 from fastformer.data.tokenisers import Tokeniser
 from fastformer.tasks.sandbox import check, passes
 from fastformer.tasks.task import Complete
 from fastformer.tasks.text import Text, answers
 
 HOLE = "<hole>"  # in a prompt: what is to be filled in
+ABOVE = 20  # lines of the module above a function that its prompt begins with
 
 
 class Function(NamedTuple):
-    """A function of the held-out split.
+    """A function of the held-out split, in its module.
 
     Attributes:
-      prompt: what stands before its body, and ``body``, both without the indent that it has in its module.
+      lines: of the module. first, start, end: of them, where the function, its body and what follows begin.
       tests: its docstring if that holds doctests, else "".
-      lines, span: of its module, and where in them the body begins and ends.
     """
 
-    prompt: str
-    body: str
+    lines: Sequence[str]
+    first: int
+    start: int
+    end: int
     tests: str = ""
-    lines: Sequence[str] = ()
-    span: tuple[int, int] = (0, 0)
-    indent: str = ""
 
-    def module(self, body: str) -> str:
-        """Return the module with another body in the place of the function's own."""
-        start, end = self.span
-        return "".join([*self.lines[:start], textwrap.indent(body, self.indent), *self.lines[end:]])
+    @property
+    def prompt(self) -> str:
+        """What stands before the body: lines above the function, its signature and docstring."""
+        return "".join(self.lines[max(self.first - ABOVE, 0) : self.start])
+
+    @property
+    def body(self) -> str:
+        """The author's."""
+        return "".join(self.lines[self.start : self.end])
+
+    def cut(self, body: str) -> str:
+        """Return what was generated up to the first line that belongs to the function no more.
+
+        A last line without its end was cut off, and is left out.
+        """
+        own, kept = _indent(self.lines[self.first]), []
+        for line in io.StringIO(body):
+            if not line.endswith("\n") or (line.strip() and _indent(line) <= own):
+                break
+            kept.append(line)
+        return "".join(kept)
+
+    def statements(self, body: str) -> int:
+        """Return the number of the function's statements with this body; 0 where Python cannot read it."""
+        text = "".join(self.lines[self.first : self.start]) + body
+        inner = _indent(text) > 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                node = ast.parse(("if True:\n" if inner else "") + text).body[0]
+                return len((node.body[0] if inner else node).body)
+            except (SyntaxError, ValueError, MemoryError, RecursionError):
+                return 0
 
     def passes(self, body: str) -> bool:
         """Return whether the function's doctests pass in its module with this body."""
-        return passes(self.module(body), self.tests)
+        module = "".join([*self.lines[: self.start], body, *self.lines[self.end :]])
+        return passes(module, self.tests)
+
+
+def _indent(line: str) -> int:
+    return len(line) - len(line.lstrip())
 
 
 @dataclass(frozen=True)
 class Code(Text):
-    """Held-out functions are completed from signature and docstring, as config.generate says.
+    """Held-out functions are completed where they stand: after lines above them, signature and docstring.
 
-    The figures are those of greedy completion only where config.generate.temperature is 0.
+    They are completed as config.generate says; the figures are those
+    of greedy completion only where config.generate.temperature is 0.
 
     Attributes:
-      functions: completed for the fraction that parses and the exact match of the first line; 0 is none.
+      functions: evenly spread over all, completed for the fraction that parses and the exact match of the
+        first line; 0 is none.
       infill: fraction of the documents that are trained on with their middle last, so that a hole can be
         filled in (Bavarian et al. 2022, 2207.14255).
       run_doctests: run the doctests of completions, each in its module, in a process without rights
@@ -94,20 +129,21 @@ class Code(Text):
                 f"--prompt: {HOLE} is for models trained with config.task.infill, once in each prompt"
             )
         sides = [prompt.split(HOLE) for prompt in prompts]
-        return [a + text + b for (a, b), text in zip(sides, filled(complete, tokeniser, sides))]
+        texts = filled(complete, tokeniser, sides)
+        return [before.rstrip() + text + after for (before, after), text in zip(sides, texts)]
 
     def decoded(self, complete, data, limit):
         found = super().decoded(complete, data, limit)
         if not self.functions:
             return found
         every = list(functions(data.heldout_texts()))
-        chosen = every[: self.functions]
+        chosen = spread(every, self.functions)
         if chosen:
-            found |= judged(chosen, answers(complete, data.tokeniser, [f.prompt for f in chosen]))
+            found |= judged(chosen, bodies(chosen, complete, data.tokeniser))
         if chosen and self.infill:
             holes = [hole(f) for f in chosen]
             lines = filled(complete, data.tokeniser, [(a, b) for a, _, b in holes])
-            same = sum(line.strip() == wanted.strip() for line, (_, wanted, _) in zip(lines, holes))
+            same = sum(line.strip() == wanted for line, (_, wanted, _) in zip(lines, holes))
             found |= {"infilled_line_exact": same / len(chosen)}
         if self.run_doctests:
             found |= doctested([f for f in every if f.tests][: self.functions], complete, data.tokeniser)
@@ -120,8 +156,8 @@ def doctested(asked: Sequence[Function], complete: Complete, tokeniser: Tokenise
     Where there are none there is no fraction, and a line on stderr says so.
     """
     # All are completed, for the processes of a run complete together and might not count the same.
-    bodies = answers(complete, tokeniser, [f.prompt for f in asked]) if asked else []
-    done = [f.passes(cut(body)) for f, body in zip(asked, bodies) if f.passes(f.body) and not f.passes("")]
+    found = bodies(asked, complete, tokeniser) if asked else []
+    done = [f.passes(body) for f, body in zip(asked, found) if f.passes(f.body) and not f.passes("")]
     if done:
         return {"doctests_pass": sum(done) / len(done), "functions_tested": float(len(done))}
     if jax.process_index() == 0:
@@ -130,25 +166,34 @@ def doctested(asked: Sequence[Function], complete: Complete, tokeniser: Tokenise
     return {"functions_tested": 0.0}
 
 
+def bodies(asked: Sequence[Function], complete: Complete, tokeniser: Tokeniser) -> list[str]:
+    """Return the body that a model gives each function, none where it does not begin on a line of its own."""
+    # Tokens hold a line's end and the next one's indent together: a prompt that ends with the line's end
+    # would be another text than a model has seen.
+    texts = answers(complete, tokeniser, [f.prompt.rstrip("\n") for f in asked])
+    parts = [text.partition("\n") for text in texts]
+    return [f.cut(body) if not same_line.strip() else "" for f, (same_line, _, body) in zip(asked, parts)]
+
+
 def filled(complete, tokeniser, sides: Sequence[Sequence[str]]) -> list[str]:
-    """Return what a model puts between the two texts of each."""
+    """Return what a model puts between the two texts of each, of which the first loses spaces at its end."""
     rows = [
-        [tokeniser.eod, *before_middle(tokeniser.encode(before), tokeniser.encode(after), tokeniser)]
+        [tokeniser.eod, *before_middle(tokeniser.encode(before.rstrip()), tokeniser.encode(after), tokeniser)]
         for before, after in sides
     ]
     return [tokeniser.decode(ids) for ids in complete(rows)]
 
 
 def hole(function: Function) -> tuple[str, str, str]:
-    """Return what stands before the middle line of a function's body, that line, and what stands after."""
+    """Return what stands before the middle line of a body, that line alone, and what stands after it."""
     lines = [line for line in function.body.splitlines(keepends=True) if line.strip()]
     middle = len(lines) // 2
     before = function.prompt + "".join(lines[:middle])
-    return before, lines[middle], "".join(lines[middle + 1 :])
+    return before, lines[middle].strip(), "\n" + "".join(lines[middle + 1 :])
 
 
 def functions(texts: Sequence[str]) -> Iterator[Function]:
-    """Yield the documented functions of the modules among ``texts``, methods too, without their indent."""
+    """Yield the documented functions of the modules among ``texts``, methods too."""
     for text in texts:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escapes in old modules
@@ -159,48 +204,14 @@ def functions(texts: Sequence[str]) -> Iterator[Function]:
         lines = list(io.StringIO(text))  # a form feed ends no line of Python's
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) and len(node.body) > 1:
-                yield _function(node, lines)
+                doc, start = ast.get_docstring(node), node.body[0].end_lineno
+                yield Function(lines, node.lineno - 1, start, node.end_lineno, doc if ">>>" in doc else "")
 
 
-def _function(node: ast.FunctionDef, lines: Sequence[str]) -> Function:
-    start, end = node.body[0].end_lineno, node.end_lineno
-    own = lines[node.lineno - 1 : end]
-    whole = list(io.StringIO(textwrap.dedent("".join(own))))
-    head = start - node.lineno + 1
-    indent = own[0][: len(own[0]) - len(whole[0])]
-    doc = ast.get_docstring(node)
-    tests = doc if ">>>" in doc else ""
-    return Function("".join(whole[:head]), "".join(whole[head:]), tests, lines, (start, end), indent)
-
-
-def cut(body: str) -> str:
-    """Return what was generated up to the first line that belongs to the function no more.
-
-    A last line without its end was cut off, and is left out.
-    """
-    kept = []
-    for line in body.splitlines(keepends=True):
-        if not line.endswith("\n") or (line.strip() and not line[0].isspace()):
-            break
-        kept.append(line)
-    return "".join(kept)
-
-
-def statements(text: str) -> int:
-    """Return the number of statements in the function that ``text`` is; 0 where Python cannot read it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            return len(ast.parse(text).body[0].body)
-        except (SyntaxError, ValueError, MemoryError, RecursionError):
-            return 0
-
-
-def judged(wanted: Sequence[Function], bodies: Sequence[str]) -> dict[str, float]:
+def judged(wanted: Sequence[Function], found: Sequence[str]) -> dict[str, float]:
     """Return the fractions that parse and hold a statement, and whose first line is the author's."""
-    cuts = [cut(body) for body in bodies]
-    good = sum(statements(f.prompt + body) > statements(f.prompt) for f, body in zip(wanted, cuts))
-    first = sum(_first_line(f.body) == _first_line(body) for f, body in zip(wanted, cuts))
+    good = sum(f.statements(body) > f.statements("") for f, body in zip(wanted, found))
+    first = sum(_first_line(f.body) == _first_line(body) for f, body in zip(wanted, found))
     return {"functions_parse": good / len(wanted), "next_line_exact": first / len(wanted)}
 
 
