@@ -22,7 +22,8 @@ from fastformer.decode.beam import beam_search
 from fastformer.models import Source
 
 LENGTH, END, TOKENS = 16, 4, 3
-ALL = 1 + 4 + 16  # texts of up to two tokens, and the end
+ALL = 1 + 4 + 16 + 64  # texts of up to two tokens and the end, and those of three
+ONE = jnp.asarray([[END]]), jnp.asarray([1])  # a prompt, and its length
 PROMPTS = [[END, 1, END], [END, 2, 0, 3, END], [END, 3, END]]
 
 
@@ -33,10 +34,10 @@ def model_of(kind, mixer="softmax"):
     # The first layer sees a source as it was embedded, whichever way: what else it sees is for the second.
     c.model.name, c.model.layers = ("decoder", 2) if c.model.prefix_lm else (kind, 1)
     c.model.width, c.model.heads, c.model.encoder_layers = 16, 2, 1 if kind == "encoder_decoder" else 0
-    c.model.attention.name = mixer
+    c.model.attention.name, c.model.tied = mixer, False  # a tied embedding says the same again and again
     model = models.build(c, END + 1, LENGTH)
     source = {"source": Source(jnp.zeros((1, 4), jnp.int32), whole(1, 4))} if c.model.encoder_layers else {}
-    params = model.init(jax.random.key(1), jnp.zeros((1, 4), jnp.int32), whole(1, 4), **source)["params"]
+    params = model.init(jax.random.key(4), jnp.zeros((1, 4), jnp.int32), whole(1, 4), **source)["params"]
     return model, jax.tree.map(lambda a: 4.0 * a if a.ndim > 1 else a, nn.unbox(params))
 
 
@@ -79,17 +80,31 @@ def log_probabilities(kind, prompt, texts, mixer="softmax"):
 
 
 def best(kind, prompt, alpha):
-    """Return the best text of up to TOKENS tokens by trying all that end; the end is one of them."""
-    texts = [(*text, END) for size in range(TOKENS) for text in itertools.product(range(END), repeat=size)]
+    """Return the best text by trying all: those that end, and those cut off after TOKENS tokens."""
+    texts = [text for size in range(TOKENS + 1) for text in itertools.product(range(END), repeat=size)]
+    texts = [(*text, END)[:TOKENS] for text in texts]
     sizes = np.asarray([len(text) for text in texts])
-    return list(texts[np.argmax(log_probabilities(kind, prompt, texts) / ((5 + sizes) / 6) ** alpha)][:-1])
+    scores = log_probabilities(kind, prompt, texts) / ((5 + sizes) / 6) ** alpha
+    return [token for token in texts[np.argmax(scores)] if token != END]
+
+
+def searched(logp, width, alpha, limit):
+    """Return what a beam search finds, in plain Python; ``logp(text)`` is of each next token."""
+    beams, ended = [(0.0, ())], [(-np.inf, ())]
+    for step in range(limit):
+        each = [(total + x, (*text, token)) for total, text in beams for token, x in enumerate(logp(text))]
+        ranked = sorted(each, reverse=True)[: 2 * width]
+        scale = ((5 + step + 1) / 6) ** alpha
+        ended += [(total / scale, text[:-1]) for total, text in ranked[:width] if text[-1] == END]
+        beams = [(total, text) for total, text in ranked if text[-1] != END][:width]
+    return list(max(ended + [(total / scale, text) for total, text in beams])[1])
 
 
 @pytest.mark.parametrize("kind", ["encoder_decoder", "decoder", "prefix_lm"])
-@pytest.mark.parametrize("alpha", [0.0, 3.0])
+@pytest.mark.parametrize("alpha", [0.0, 8.0])
 def test_a_beam_that_holds_all_finds_the_best(kind, alpha):
     model, params = model_of(kind)
-    found = complete(model, params, PROMPTS, END, options(16, alpha), LENGTH)
+    found = complete(model, params, PROMPTS, END, options(80, alpha), LENGTH)
     assert found == [best(kind, prompt, alpha) for prompt in PROMPTS]
 
 
@@ -109,30 +124,76 @@ class Always:
         return jnp.broadcast_to(logits[None, None], (*tokens.shape, len(logits))), state
 
 
+class Trigrams(Always):
+    """A model whose next token hangs on the last two, one of which is its state; its table is its params."""
+
+    def init_state(self, batch, capacity):
+        return jnp.full((batch, 1), END)
+
+    def apply(self, params, tokens, seq, state):
+        before = jnp.concatenate([state, tokens], axis=1)
+        return params["params"][before[:, :-1], before[:, 1:]], tokens[:, -1:]
+
+
+TRIGRAMS = Trigrams()
+
+
+def after(table, text):
+    """Return the log-probabilities of each next token, by the last two."""
+    return table[(END, END, *text)[-2], (END, *text)[-1]]
+
+
+@pytest.mark.parametrize("width", [2, 3, 5])
+def test_narrow_beams_are_those_of_a_plain_search(width):
+    """Many tables, so that some texts end early and some not; a penalty makes them longer."""
+    lengths = {}
+    for alpha, seed in itertools.product((0.0, 0.6, 3.0), range(12)):
+        draws = jax.random.normal(jax.random.key(seed), (END + 1, END + 1, END + 1))
+        table = np.asarray(jax.nn.log_softmax(1.5 * draws))
+        found = beam_search(TRIGRAMS, options(width, alpha, 6), END, table, *ONE)[0].tolist()
+        wanted = searched(functools.partial(after, table), width, alpha, 6)
+        assert found == [*wanted, *[END] * (6 - len(wanted))]
+        lengths.setdefault(alpha, []).append(len(wanted))
+    assert 0 < sum(lengths[0.0]) <= sum(lengths[0.6]) < sum(lengths[3.0]) < 6 * 12
+
+
+def test_unlikely_ends_are_not_found():
+    """Sixty-four tokens, each likelier than the end: no beam of two sees it among its best."""
+    model = Always(*[0.999 / 64] * 64, 0.001)
+    assert 64 not in np.asarray(beam_search(model, options(2, 0.6, 8), 64, {}, *ONE))
+
+
+def test_what_is_cut_off_competes_with_what_ended():
+    """To end at once has 0.4, to write three times 0.6 to the third: that wins by a high penalty alone."""
+    model, tokens, lengths = Always(0.6, 0.0, 0.4), jnp.asarray([[2]]), jnp.asarray([1])
+    for alpha, wanted in ((0.0, [2, 2, 2]), (3.0, [0, 0, 0])):
+        assert (np.log(0.4) < 3 * np.log(0.6) / (8 / 6) ** alpha) == (wanted == [0, 0, 0])
+        assert beam_search(model, options(2, alpha, 3), 2, {}, tokens, lengths)[0].tolist() == wanted
+
+
 def test_the_penalty_counts_the_end():
-    """With the end ``0`` and the end after one token weigh 6 and 7 sixths, to the power of alpha."""
-    model, tokens, lengths = Always(0.457, 0.243, 0.3), jnp.asarray([[2]]), jnp.asarray([1])
-    for alpha, wanted in ((3.0, [2, 2]), (5.0, [0, 2])):
+    """To end at once has 0.3, ``0`` and the end 0.457 times 0.3: 6 and 7 sixths to the power of alpha."""
+    first, then = [0.457, 0.081, 0.081, 0.081, 0.3], [0.175, 0.175, 0.175, 0.175, 0.3]
+    table = jnp.log(jnp.asarray(then))[None, None] * jnp.ones((END + 1, END + 1, 1))
+    table = table.at[END, END].set(jnp.log(jnp.asarray(first)))
+    for alpha, wanted in ((3.0, [END, END]), (5.0, [0, END])):
         worth = [np.log(0.3), np.log(0.3 * 0.457) / (7 / 6) ** alpha]
-        assert (worth[0] > worth[1]) == (wanted == [2, 2])
-        assert beam_search(model, options(4, alpha, 2), 2, {}, tokens, lengths)[0].tolist() == wanted
-
-
-def test_the_penalty_asks_for_longer_ones():
-    model, params = model_of("encoder_decoder")
-    found = [complete(model, params, PROMPTS, END, options(16, alpha), LENGTH) for alpha in (0.0, 8.0)]
-    assert sum(map(len, found[0])) < sum(map(len, found[1]))
+        assert (worth[0] > worth[1]) == (wanted == [END, END])
+        assert beam_search(TRIGRAMS, options(4, alpha, 2), END, table, *ONE)[0].tolist() == wanted
 
 
 @pytest.mark.parametrize("kind, mixer", [("encoder_decoder", "linear"), ("decoder", "local")])
 def test_beams_take_their_states_along(kind, mixer):
     """A beam that took another's state would believe in scores that its text does not have."""
     model, params = model_of(kind, mixer)
-    narrow, wide = (complete(model, params, PROMPTS, END, options(n, 0.0, 6), LENGTH) for n in (1, 16))
-    for prompt, *texts in zip(PROMPTS, narrow, wide):
-        assert len(texts[1]) < 6
-        greedy, found = log_probabilities(kind, prompt, [(*text, END)[:6] for text in texts], mixer)
-        assert found >= greedy - 1e-4 or len(texts[0]) == 6
+
+    def following(prompt, text):
+        texts = [text, *((*text, token) for token in range(END + 1))]
+        before, *each = log_probabilities(kind, prompt, texts, mixer)
+        return np.asarray(each) - before
+
+    found = complete(model, params, PROMPTS, END, options(3, 0.6, 6), LENGTH)
+    assert found == [searched(functools.partial(following, prompt), 3, 0.6, 6) for prompt in PROMPTS]
 
 
 def test_many_prompts_are_completed_in_their_order(monkeypatch):

@@ -14,12 +14,12 @@ LOW = -1e30  # below any score; -inf would make NaN of 0 times it
 
 
 class Beams(NamedTuple):
-    """The search: beams that go on, and the best that ended.
+    """The search: beams that go on, and the best text that ended.
 
     Attributes:
       open_BK: log-probabilities of the beams that go on, float32.
       tokens_BKT: what they wrote. logits_BKV: of their next token. state: of the model, rows B K.
-      ended_BK: penalised scores of the best that ended; ended_BKT what they wrote.
+      ended_B: penalised score of the best that ended; ended_BT: what it wrote.
     """
 
     step: jax.Array
@@ -27,8 +27,8 @@ class Beams(NamedTuple):
     tokens_BKT: jax.Array
     logits_BKV: jax.Array
     state: Any
-    ended_BK: jax.Array
-    ended_BKT: jax.Array
+    ended_B: jax.Array
+    ended_BT: jax.Array
 
 
 def penalty(tokens: jax.Array | int, alpha: float) -> jax.Array:
@@ -44,8 +44,9 @@ def penalty(tokens: jax.Array | int, alpha: float) -> jax.Array:
 def beam_search(model, options: GenerateConfig, end: int, params, tokens_BT, lengths_B) -> jax.Array:
     """Return the best continuation of each prompt that was found, [B, options.tokens], ``end`` after its end.
 
-    ``options.beams`` go on at once; the search ends when none of them can become better than the worst
-    of as many that have ended. Prompts are padded right.
+    ``options.beams`` go on at once. A text ends where its end is among as many likeliest continuations of
+    all beams (as in fairseq: Ott et al. 2019, 1904.01038); what is cut off at the limit competes as it is.
+    Prompts are padded right.
     """
     batch, width, limit = tokens_BT.shape[0], options.beams, options.tokens
     capacity = tokens_BT.shape[1] + limit
@@ -56,14 +57,17 @@ def beam_search(model, options: GenerateConfig, end: int, params, tokens_BT, len
         jnp.full((batch, width, limit), end, jnp.int32),
         jnp.repeat(logits_BV[:, None], width, axis=1),
         jax.tree.map(lambda x: jnp.repeat(x, width, axis=0), state),
-        jnp.full((batch, width), LOW),
-        jnp.full((batch, width, limit), end, jnp.int32),
+        jnp.full((batch,), LOW),
+        jnp.full((batch, limit), end, jnp.int32),
     )
 
-    def unfinished(b: Beams) -> jax.Array:
+    def hope(b: Beams) -> jax.Array:
+        """Return the score that no open beam's can exceed, [B, K]; at the limit it is their score."""
         # Log-probabilities only fall, and the penalty is largest at the limit.
-        hope_B = jnp.max(b.open_BK, axis=1) / penalty(limit, options.length_penalty)
-        return (b.step < limit) & jnp.any(hope_B > jnp.min(b.ended_BK, axis=1))
+        return b.open_BK / penalty(limit, options.length_penalty)
+
+    def unfinished(b: Beams) -> jax.Array:
+        return (b.step < limit) & jnp.any(jnp.max(hope(b), axis=1) > b.ended_B)
 
     def step_on(b: Beams) -> Beams:
         wider = _extend(b, end, options.length_penalty)
@@ -75,30 +79,39 @@ def beam_search(model, options: GenerateConfig, end: int, params, tokens_BT, len
         return wider._replace(step=b.step + 1, logits_BKV=logits_BKV, state=state)
 
     b = jax.lax.while_loop(unfinished, step_on, start)
-    # What was cut off at the limit counts as ended there, where nothing else was found.
-    scores = jnp.concatenate([b.ended_BK, jnp.where(b.ended_BK[:, :1] > LOW, LOW, b.open_BK)], axis=1)
-    best_B1 = jnp.argmax(scores, axis=1)[:, None]
-    texts = jnp.concatenate([b.ended_BKT, b.tokens_BKT], axis=1)
-    return jnp.take_along_axis(texts, best_B1[..., None], axis=1)[:, 0]
+    scores_BN = jnp.concatenate([b.ended_B[:, None], hope(b)], axis=1)
+    texts_BNT = jnp.concatenate([b.ended_BT[:, None], b.tokens_BKT], axis=1)
+    return _chosen(texts_BNT, jnp.argmax(scores_BN, axis=1)[:, None])[:, 0]
 
 
 def _extend(b: Beams, end: int, alpha: float) -> Beams:
-    """Return the beams with one more token each: the likeliest that go on, and the best that have ended."""
+    """Return the beams with one more token each: the likeliest that go on, and the best that has ended."""
     batch, width, vocabulary = b.logits_BKV.shape
     sums_BKV = b.open_BK[..., None] + jax.nn.log_softmax(b.logits_BKV.astype(jnp.float32), axis=-1)
-    ends_BK = jnp.where(b.open_BK > LOW, sums_BKV[..., end] / penalty(b.step + 1, alpha), LOW)
-    ended_BN = jnp.concatenate([b.ended_BK, ends_BK], axis=1)
-    ended_BNT = jnp.concatenate([b.ended_BKT, b.tokens_BKT], axis=1)  # ``end`` stands after what they wrote
-    ended_BK, which_BK = jax.lax.top_k(ended_BN, width)
-    going = jnp.where(jnp.arange(vocabulary)[None, None] == end, LOW, sums_BKV).reshape(batch, -1)
-    open_BK, choice_BK = jax.lax.top_k(going, width)
-    parent_BK, token_BK = choice_BK // vocabulary, choice_BK % vocabulary
-    tokens_BKT = jnp.take_along_axis(b.tokens_BKT, parent_BK[..., None], axis=1)
+    # Each beam has one end, so that of twice as many candidates enough go on.
+    sum_BN, choice_BN = jax.lax.top_k(sums_BKV.reshape(batch, -1), 2 * width)
+    parent_BN, token_BN = choice_BN // vocabulary, choice_BN % vocabulary
+    ends_BN = token_BN == end
+    counts_BN = ends_BN & (jnp.arange(2 * width) < width)[None] & (sum_BN > LOW)
+    score_BN = jnp.where(counts_BN, sum_BN / penalty(b.step + 1, alpha), LOW)
+    best_B1 = jnp.argmax(score_BN, axis=1)[:, None]
+    score_B = _chosen(score_BN, best_B1)[:, 0]
+    text_BT = _chosen(b.tokens_BKT, _chosen(parent_BN, best_B1))[:, 0]  # ``end`` stands after what it wrote
+    better_B = score_B > b.ended_B
+    open_BK, which_BK = jax.lax.top_k(jnp.where(ends_BN, -jnp.inf, sum_BN), width)
+    parent_BK, token_BK = _chosen(parent_BN, which_BK), _chosen(token_BN, which_BK)
     row_R = (jnp.arange(batch)[:, None] * width + parent_BK).reshape(-1)
     return b._replace(
         open_BK=jnp.maximum(open_BK, LOW),
-        tokens_BKT=jax.lax.dynamic_update_index_in_dim(tokens_BKT, token_BK, b.step, axis=2),
+        tokens_BKT=jax.lax.dynamic_update_index_in_dim(
+            _chosen(b.tokens_BKT, parent_BK), token_BK, b.step, axis=2
+        ),
         state=jax.tree.map(lambda x: x[row_R], b.state),
-        ended_BK=ended_BK,
-        ended_BKT=jnp.take_along_axis(ended_BNT, which_BK[..., None], axis=1),
+        ended_B=jnp.where(better_B, score_B, b.ended_B),
+        ended_BT=jnp.where(better_B[:, None], text_BT, b.ended_BT),
     )
+
+
+def _chosen(x_BN: jax.Array, index_BK: jax.Array) -> jax.Array:
+    """Return what stands at the indices of each row, [B, K, ...]."""
+    return jnp.take_along_axis(x_BN, index_BK.reshape(*index_BK.shape, *[1] * (x_BN.ndim - 2)), axis=1)
