@@ -117,6 +117,23 @@ def test_a_prompt_does_not_depend_on_those_beside_it():
     )
 
 
+def test_many_equal_prompts_are_continued_differently():
+    model, params = model_of("linear")
+    texts = generate(model, params, Bytes(), ["ab"] * 64, options(temperature=1.0), LENGTH)
+    assert len(set(texts)) == 64
+
+
+def test_samples_do_not_depend_on_the_lengths_of_others():
+    model, params = model_of("linear")
+    warm = options(temperature=1.0, seed=3)
+    others = ["x" * (1 + number % 7) for number in range(40)]
+    found = [
+        generate(model, params, Bytes(), [*rest[:20], "ab", *rest[20:]], warm, LENGTH)[20]
+        for rest in (others, others[::-1], ["long, longer"] * 40, ["x"] * 20)
+    ]
+    assert len(set(found)) == 1
+
+
 def test_generation_stops_at_the_end_of_the_document():
     """The end that is looked for is a token that the model is known to choose."""
     model, params = model_of("softmax")
@@ -124,7 +141,7 @@ def test_generation_stops_at_the_end_of_the_document():
     free = generate(model, params, Bytes(), ["ab"], options(), LENGTH)[0].split(",")
     at = next(i for i, token in enumerate(free) if token not in free[:i] and i > 1)
     tokens = jnp.asarray([[END, *b"ab"] + [END] * 29], jnp.int32)
-    new = _generate(model, options(), int(free[at]), params, tokens, jnp.asarray([3]))
+    new = _generate(model, options(), int(free[at]), params, tokens, jnp.asarray([3]), jnp.asarray([0]))
     assert new[0].tolist() == [int(t) for t in free[: at + 1]] + [int(free[at])] * (12 - at - 1)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -54,7 +54,7 @@ def complete(
     """Return the tokens that follow each row, up to ``options.tokens`` or ``end``, which is left out.
 
     A row's tokens do not depend on the rows beside it, nor its random numbers on anything but the
-    seed and its place.
+    seed and its place. ROWS of about the same length are completed at once.
 
     Args:
       length: T that the model was trained at, the most that learned positions can hold.
@@ -62,9 +62,50 @@ def complete(
     Raises:
       UserError: prompt and continuation are longer than learned positions reach.
     """
-    if len(rows) > ROWS:
-        return _in_batches(lambda some: complete(model, params, some, end, options, length), rows)
-    longest = check_rows(model, rows, options, length)
+    check_rows(model, rows, options, length)
+    order = sorted(range(len(rows)), key=lambda place: len(rows[place]))
+    size = min(ROWS, len(rows))  # of a batch; the last of several is filled up, so that one program does
+    done: dict[int, list[int]] = {}
+    for start in range(0, len(rows), ROWS):
+        places = order[start : start + ROWS]
+        filled = places + places[-1:] * (size - len(places))
+        new = _complete(model, params, [rows[place] for place in filled], filled, end, options, length)
+        done |= zip(places, new)
+    return [done[place] for place in range(len(rows))]
+
+
+def check_rows(model: nn.Module, rows: Sequence[Sequence[int]], options: GenerateConfig, length: int) -> None:
+    """Check that rows can be completed, as ``complete`` has them.
+
+    Raises:
+      UserError: they cannot.
+    """
+    if options.beams > 1 and model.config.scan:
+        raise UserError("config.generate.beams: a model with scanned layers (config.model.scan) takes 1 only")
+    longest = max(map(len, rows), default=0)
+    if model.config.positions == "learned" and longest + options.tokens > length:
+        raise UserError(
+            f"config.generate.tokens: {options.tokens} more after a prompt of {longest} (--prompt, "
+            f"config.generate.prompt) are beyond the {length} learned positions of this model "
+            "(config.data.length); give fewer"
+        )
+
+
+def _complete(
+    model: nn.Module,
+    params: Any,
+    rows: Sequence[Sequence[int]],
+    places: Sequence[int],
+    end: int,
+    options: GenerateConfig,
+    length: int,
+) -> list[list[int]]:
+    """Return the tokens that follow each row of a batch, as ``complete``.
+
+    Args:
+      places: of the rows among all prompts.
+    """
+    longest = max(map(len, rows))
     padded = -(-longest // PREFILL) * PREFILL
     if longest <= length:  # what the model learned a place for, padding has one too
         padded = min(padded, length)
@@ -73,42 +114,11 @@ def complete(
         tokens_BT[row, : len(ids)] = ids
     lengths_B = np.asarray([len(ids) for ids in rows], np.int32)
     model = stored(model, options.state)
-    search = _generate if options.beams == 1 else beam_search
-    new_BT = np.asarray(search(model, options, end, params, tokens_BT, lengths_B))
-    return [_until(ids, end) for ids in new_BT.tolist()]
-
-
-def check_rows(
-    model: nn.Module, rows: Sequence[Sequence[int]], options: GenerateConfig, length: int
-) -> int:
-    """Check that rows can be completed, as ``complete`` has them; return the number of tokens of the longest.
-
-    Raises:
-      UserError: they cannot.
-    """
-    longest = max(map(len, rows))
-    if model.config.positions == "learned" and longest + options.tokens > length:
-        raise UserError(
-            f"config.generate.tokens: {options.tokens} more after a prompt of {longest} (--prompt, "
-            f"config.generate.prompt) are beyond the {length} learned positions of this model "
-            "(config.data.length); give fewer"
-        )
-    if options.beams > 1 and model.config.scan:
-        raise UserError("config.generate.beams: a model with scanned layers (config.model.scan) takes 1 only")
-    return longest
-
-
-def _in_batches(
-    finish: Callable[[Sequence[Sequence[int]]], list[list[int]]], rows: Sequence[Sequence[int]]
-) -> list[list[int]]:
-    """Return what becomes of rows, in their order, ROWS of about the same length at once."""
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
-    done: dict[int, list[int]] = {}
-    for start in range(0, len(rows), ROWS):
-        chosen = order[start : start + ROWS]
-        filled = [rows[index] for index in chosen] + [rows[chosen[-1]]] * (ROWS - len(chosen))
-        done |= zip(chosen, finish(filled))
-    return [done[index] for index in range(len(rows))]
+    if options.beams == 1:
+        new_BT = _generate(model, options, end, params, tokens_BT, lengths_B, np.asarray(places, np.int32))
+    else:
+        new_BT = beam_search(model, options, end, params, tokens_BT, lengths_B)
+    return [_until(ids, end) for ids in np.asarray(new_BT).tolist()]
 
 
 def _until(ids: list[int], end: int) -> list[int]:
@@ -116,13 +126,17 @@ def _until(ids: list[int], end: int) -> list[int]:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _generate(model, options: GenerateConfig, end: int, params, tokens_BT, lengths_B) -> jax.Array:
-    """Return the new tokens, [B, options.tokens], ``end`` after the end of a document."""
+def _generate(model, options: GenerateConfig, end: int, params, tokens_BT, lengths_B, places_B) -> jax.Array:
+    """Return the new tokens, [B, options.tokens], ``end`` after the end of a document.
+
+    Args:
+      places_B: of the rows among all prompts, int32, for their random numbers.
+    """
     batch, padded = tokens_BT.shape
     capacity = padded + options.tokens
     logits_BV, state, position_B = prefill(model, params, tokens_BT, lengths_B, capacity, end)
-    # Rows share the prefill; keys differ by row, and by step below.
-    keys_B = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(options.seed), row))(jnp.arange(batch))
+    # Keys differ by prompt, and by step below.
+    keys_B = jax.vmap(lambda place: jax.random.fold_in(jax.random.key(options.seed), place))(places_B)
 
     def unfinished(carry) -> jax.Array:
         step, done_B = carry[0], carry[1]
