@@ -82,12 +82,21 @@ def check_rows(model: nn.Module, rows: Sequence[Sequence[int]], options: Generat
     """
     if options.beams > 1 and model.config.scan:
         raise UserError("config.generate.beams: a model with scanned layers (config.model.scan) takes 1 only")
-    longest = max(map(len, rows), default=0)
-    if model.config.positions == "learned" and longest + options.tokens > length:
+    if model.config.positions != "learned" or not rows:
+        return
+    longest = max(map(len, rows))
+    apart = model.reads_sources  # a source and its target have positions of their own
+    most, after = (length, "") if apart else (length - longest, f" after a prompt of {longest}")
+    if longest > length or most < 1:
         raise UserError(
-            f"config.generate.tokens: {options.tokens} more after a prompt of {longest} (--prompt, "
-            f"config.generate.prompt) are beyond the {length} learned positions of this model "
-            "(config.data.length); give fewer"
+            f"config.data.length: {length} learned positions are too few for a prompt of {longest} tokens "
+            "(given, or of what the task decodes) and what follows; give a shorter prompt, a larger length, "
+            "or config.model.positions that are not learned"
+        )
+    if options.tokens > most:
+        raise UserError(
+            f"config.generate.tokens: {options.tokens} more{after} are beyond the {length} learned positions "
+            f"of this model (config.data.length); give at most {most}"
         )
 
 

@@ -139,10 +139,10 @@ def completer(run: Run, params: Any, tokeniser: Tokeniser) -> Complete:
 
 
 def check_samples(run: Run) -> None:
-    """Check before the first step that the samples of the report can be made after the last.
+    """Check before the first step that all that is decoded after the last can be.
 
     Raises:
-      UserError: their prompts are too long for the model.
+      UserError: a prompt is too long for the model, or it cannot be searched so.
     """
     options = section(GenerateConfig, run.config, "generate")
 
@@ -151,3 +151,5 @@ def check_samples(run: Run) -> None:
         return [[] for _ in rows]
 
     run.task.samples(nothing, run.data, options.prompt)
+    if run.model.config.positions == "learned":  # no others are too few for a prompt
+        run.task.decoded(nothing, run.data, 0)
