@@ -13,7 +13,6 @@ from configs import base
 from fastformer import models
 from fastformer.core.errors import UserError
 from fastformer.decode import GenerateConfig, check_rows, complete
-from fastformer.tasks.code import Code
 from fastformer.train import loop
 
 LENGTH = 16
@@ -84,15 +83,3 @@ def test_every_prompt_is_checked_before_the_first_step(config_of, tmp_path, monk
     monkeypatch.setattr(loop, "compile_all", lambda *_: pytest.fail("compiled"))
     with pytest.raises(UserError, match="learned positions are too few for a prompt of"):
         loop.train(config, tmp_path / "run", jax.devices()[:1])
-
-
-def test_checking_runs_no_doctests(monkeypatch):
-    class Data:
-        class tokeniser:
-            eod, encode, decode = 0, staticmethod(lambda text: [1]), staticmethod(lambda ids: "")
-
-        heldout_texts = staticmethod(lambda: [MODULE])
-
-    monkeypatch.setattr("fastformer.tasks.code.passes", lambda *_: pytest.fail("ran"))
-    found = Code(run_doctests=True).decoded(lambda rows: [[] for _ in rows], Data, 0)
-    assert found["doctests_pass"] == 0 and found["functions_tested"] == 1
