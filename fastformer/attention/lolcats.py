@@ -127,7 +127,7 @@ def _beyond(
 ) -> tuple[jax.Array, Memory]:
     """Return the sums over what has left each token's window, of values and of weights, and the memory."""
     time, window = seq.segment_BT.shape[1], line.past
-    old = Seq(*(x[:, :time] for x in line.seq))  # each token as many places back as the window is long
+    old = jax.tree.map(lambda x: x[:, :time], line.seq)  # each token a window back
     same_BT = (old.segment_BT == seq.segment_BT) & (seq.position_BT - old.position_BT == window)
     leaves = same_BT[..., None, None]
     k_BTGR = jnp.where(leaves, features(line.k_BSGK[:, :time], key_GKR), 0.0)

@@ -28,9 +28,9 @@ class TokenByToken(Wrapped):
         """Return the outputs of all tokens, whichever count, and the last state, as linen's apply."""
 
         def one(state: Any, token: tuple) -> tuple[Any, jax.Array]:
-            token_B1, (segment_B1, position_B1), target_B1 = jax.tree.map(lambda x: x[:, None], token)
+            token_B1, seq, target_B1 = jax.tree.map(lambda x: x[:, None], token)
             more = options if target_B1 is None else {**options, "targets_BT": target_B1}
-            y, state = self.inner.apply(variables, token_B1, Seq(segment_B1, position_B1), state, **more)
+            y, state = self.inner.apply(variables, token_B1, seq, state, **more)
             return state, y[:, 0]
 
         start = self.inner.init_state(*tokens_BT.shape)
