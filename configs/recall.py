@@ -1,7 +1,7 @@
 """Multi-query associative recall by Zoology's rule: can the mixer look up what a key was bound to?
 
-Positions are learned, as in the paper.
-Command: python launch.py --config=configs/recall.py
+The set-up is that of figure 2 of Arora et al. 2024 (2402.18668): a short convolution and no positions.
+Command: python launch.py --config=configs/recall.py (5 minutes on one CPU core)
 Expect: softmax above 99 % (Arora et al. 2023, 2312.04927, figure 2: width 64 at T = 128 with 8 pairs);
   mixers of constant state below it where pairs outgrow the state.
 """
