@@ -232,6 +232,17 @@ def test_what_has_no_spaces_is_measured_by_character(text, segmented):
     assert f"tok:{segmented}" in signature
 
 
+def test_some_sentences_stand_for_all():
+    asked = []
+    tokeniser = SimpleNamespace(
+        eod=0, encode=lambda text: asked.append(text) or [1], decode=lambda ids: "a b c d"
+    )
+    texts = [(f"s{number}", "a b c d" if number % 3 == 0 else "no") for number in range(10)]
+    data = SimpleNamespace(texts=texts, tokeniser=tokeniser)
+    found = Translate(sentences=3).decoded(lambda rows: rows, data, 0)
+    assert asked == ["s0", "s3", "s6"] and found["bleu"] == pytest.approx(100)
+
+
 def test_sentences_are_spread_over_all():
     assert spread(range(10), 3) == [0, 3, 6] and spread(range(3), 0) == spread(range(3), 5) == [0, 1, 2]
     assert spread([], 2) == []

@@ -105,8 +105,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]
     for name, (mode, _) in ASKED.items():
         if getattr(flags, name) and flags.mode != mode:
             raise UserError(f"--{name}: goes with --mode={mode}")
-        if any(re.search("[\ud800-\udfff]", value) for value in getattr(flags, name) or ()):
-            raise UserError(f"--{name}: is not UTF-8")
+        if mode == "generate" and re.search("[\ud800-\udfff]", "".join(getattr(flags, name) or ())):
+            raise UserError(f"--{name}: is not UTF-8")  # a path, of other modes, need not be
     if flags.launcher and flags.mode not in (None, "train"):
         raise UserError("--launcher: goes with --mode=train and --experiment")
     given = [key for key, _ in overrides if not (flags.launcher and key.startswith("distributed."))]
