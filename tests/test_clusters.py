@@ -51,7 +51,7 @@ def test_groups_are_sorted_and_ranked():
     position = jnp.asarray([[0, 1, 2, 3, 0, 0, 1, 2]])
     cluster = jnp.asarray([[1, 0, 1, 1, 0, 1, 1, 0]])
     got = by_group(cluster, Seq(segment, position)).unsorted()
-    group, rank = (np.asarray(x)[0].tolist() for x in got)
+    group, rank = (np.asarray(x)[0].tolist() for x in (got.segment_BT, got.position_BT))
     assert rank[:4] == [0, 0, 1, 2] and rank[5:] == [0, 1, 0]
     assert group[0] == group[2] == group[3] and group[4] == 0 and group[5] == group[6]
     assert len({group[0], group[1], group[5], group[7]}) == 4
