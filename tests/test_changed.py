@@ -164,10 +164,26 @@ def test_a_hole_is_filled_in():
         with pytest.raises(UserError, match="--prompt: <hole> is for models trained with config.task.infill"):
             of.respond(complete, tokeniser, {"prompt": wrong}, None, None)
     lines = ["def f():\n", "    a = 1\n", "\n", "    b = 2\n", "    return b\n"]
-    assert hole(Function(lines, 0, 1, 5)) == ("def f():\n    a = 1\n", "b = 2", "\n    return b\n")
-    rows.clear()  # a line's end and the indent after it are one token's, and so the model's to write
-    lines = "def f():\n    <hole>\n    return b\n"
-    assert task.respond(complete, tokeniser, {"prompt": [lines]}, None, None) == [
-        "def f():MID\n    return b\n"
-    ]
-    assert rows[0][2 : 2 + len("def f():") + 1] == [*b"def f():", marks[1]]
+    want = ("def f():\n    a = 1\n    ", "b = 2", "\n    return b\n")
+    assert hole(Function(lines, 0, 1, 5, "    ")) == want
+
+
+def test_a_hole_is_cut_where_tokens_are():
+    """A line's end goes with the indent after it a word with the space before it: the model writes both."""
+    tokeniser, rows = ByteTokeniser(), []
+
+    def complete(prompts):
+        rows.extend(prompts)
+        return [list(b"MID\n  ") for _ in prompts]
+
+    def filled(prompt):
+        return Code(infill=0.5).respond(complete, tokeniser, {"prompt": [prompt]}, None, None)
+
+    marks = [tokeniser.mark(number) for number in (PREFIX, SUFFIX, MIDDLE)]
+    assert filled("def f():\n  <hole>\n  return b\n") == ["def f():\n  MID\n  return b\n"]
+    tokens = [marks[0], *b"def f():\n  ", marks[1], *b"return b\n", marks[2]]
+    assert rows[-1] == [tokeniser.eod, *tokens]
+    assert filled("return <hole> + b") == ["returnMID\n   + b"]
+    assert rows[-1][1:] == [marks[0], *b"return", marks[1], *b" + b", marks[2]]
+    assert filled("a = <hole>") == ["a = MID\n  "]
+    assert rows[-1][1:] == [marks[0], *b"a = ", marks[1], marks[2]]

@@ -44,9 +44,10 @@ def test_functions_are_found_in_their_modules():
     (found,) = functions([MODULE, "no python ("])
     assert found.tests and found.body == "        y = 2 * x\n        return y\n"
     before = MODULE.partition(found.body)[0]
-    assert found.prompt == before
+    assert found.before == before and found.indent == 8 * " "
     (found,) = functions(["\f\n" + 30 * "y = 1\n" + MODULE])
-    assert found.prompt == 18 * "y = 1\n" + before  # and two lines of the module's own above the function
+    assert found.before == 18 * "y = 1\n" + before  # and two lines of the module's own above the function
+    assert not list(functions(['def f(): "Do."; return 1\n']))  # its body is on the docstring's line
 
 
 IN_CLASS = '''class A:
@@ -71,14 +72,15 @@ def test_completions_are_cut_and_judged(text, indent):
     assert judged([f], [f"{indent}# Only a comment.\n"])["functions_parse"] == 0
 
 
-def test_a_body_begins_on_a_line_of_its_own():
-    """A line's end and the indent after it are one token's: the model is asked to write them both."""
-    asked, written = [], iter(["\n        y = 1\n        return y\n    def g", " + 1\n        return y\n"])
+def test_a_body_is_asked_for_behind_its_indent():
+    """A line's end and the indent after it are one token's, and the docstring tells the indent."""
+    asked, written = [], iter(["y = 1\n        return y\n    def g", "    y = 1\n", "def g():\n"])
     tokeniser = SimpleNamespace(
         eod=0, encode=lambda text: asked.append(text) or [1], decode=lambda ids: next(written)
     )
-    found = bodies(2 * list(functions([MODULE])), lambda rows: rows, tokeniser)
-    assert found == ["        y = 1\n        return y\n", ""] and asked[0].endswith('"""')
+    found = bodies(3 * list(functions([MODULE])), lambda rows: rows, tokeniser)
+    assert found == ["        y = 1\n        return y\n", "            y = 1\n", "        def g():\n"]
+    assert asked[0].endswith('"""\n        ')
 
 
 def test_a_code_run_is_judged(tmp_path):
@@ -109,9 +111,9 @@ class Data:
 
 
 def test_the_authors_bodies_would_pass():
-    found = Data("\n        y = 2 * x\n        return y\n", MODULE).judged()
+    found = Data("y = 2 * x\n        return y\n", MODULE).judged()
     assert found == {"functions_parse": 1, "next_line_exact": 1, "doctests_pass": 1, "functions_tested": 1}
-    assert Data("\n        return x\n", MODULE).judged()["doctests_pass"] == 0
+    assert Data("return x\n", MODULE).judged()["doctests_pass"] == 0
 
 
 USED = '''
@@ -145,8 +147,8 @@ from builtins import len as length
 
 
 def test_a_function_is_tested_within_its_module():
-    assert Data("\n    return x + 1\n", USED).judged()["doctests_pass"] == 1
-    assert Data("\n    return x + 2\n", USED).judged()["doctests_pass"] == 0
+    assert Data("return x + 1\n", USED).judged()["doctests_pass"] == 1
+    assert Data("return x + 2\n", USED).judged()["doctests_pass"] == 0
 
 
 @pytest.mark.parametrize(
@@ -159,9 +161,9 @@ def test_a_function_is_tested_within_its_module():
     ],
 )
 def test_what_tells_nothing_gives_no_figure(text, capsys):
-    found = Data("\n    return x + 1\n", text).judged()
+    found = Data("return x + 1\n", text).judged()
     assert found["functions_tested"] == 0 and "doctests_pass" not in found
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("doctests_pass: no figure, for of 1 held-out functions")
-    assert Data("\n    return x + 1\n", text, USED).judged()["functions_tested"] == 1
-    assert Data("\n    return x + 1\n", text, USED).judged(functions=1)["functions_tested"] == 0
+    assert Data("return x + 1\n", text, USED).judged()["functions_tested"] == 1
+    assert Data("return x + 1\n", text, USED).judged(functions=1)["functions_tested"] == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import io
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ from fastformer.tasks.task import Complete
 from fastformer.tasks.text import Text, answers
 
 HOLE = "<hole>"  # in a prompt: what is to be filled in
+LINE_END = r"\A[ \t]*\r?\n\s*"  # with the indent after it
 ABOVE = 20  # lines of the module above a function that its prompt begins with
 
 
@@ -32,6 +34,7 @@ class Function(NamedTuple):
 
     Attributes:
       lines: of the module. first, start, end: of them, where the function, its body and what follows begin.
+      indent: of its docstring, and so of its body.
       tests: its docstring if that holds doctests, else "".
     """
 
@@ -39,10 +42,11 @@ class Function(NamedTuple):
     first: int
     start: int
     end: int
+    indent: str
     tests: str = ""
 
     @property
-    def prompt(self) -> str:
+    def before(self) -> str:
         """What stands before the body: lines above the function, its signature and docstring."""
         return "".join(self.lines[max(self.first - ABOVE, 0) : self.start])
 
@@ -128,9 +132,12 @@ class Code(Text):
             raise UserError(
                 f"--prompt: {HOLE} is for models trained with config.task.infill, once in each prompt"
             )
-        sides = [prompt.split(HOLE) for prompt in prompts]
-        texts = filled(complete, tokeniser, sides)
-        return [before.rstrip() + text + after for (before, after), text in zip(sides, texts)]
+        # A space before a word is its token's: the model is asked to write it.
+        sides = [re.sub(r"(?<=\w) +<hole>", HOLE, prompt).split(HOLE) for prompt in prompts]
+        found = []
+        for (before, after), text in zip(sides, filled(complete, tokeniser, sides)):
+            found.append(before + (text.rstrip() if re.match(LINE_END, after) else text) + after)
+        return found
 
     def decoded(self, complete, data, limit):
         found = super().decoded(complete, data, limit)
@@ -167,19 +174,19 @@ def doctested(asked: Sequence[Function], complete: Complete, tokeniser: Tokenise
 
 
 def bodies(asked: Sequence[Function], complete: Complete, tokeniser: Tokeniser) -> list[str]:
-    """Return the body that a model gives each function, none where it does not begin on a line of its own."""
-    # Tokens hold a line's end and the next one's indent together: a prompt that ends with the line's end
-    # would be another text than a model has seen.
-    texts = answers(complete, tokeniser, [f.prompt.rstrip("\n") for f in asked])
-    parts = [text.partition("\n") for text in texts]
-    return [f.cut(body) if not same_line.strip() else "" for f, (same_line, _, body) in zip(asked, parts)]
+    """Return the body that a model gives each function, whose first indent it is given."""
+    # Tokens hold a line's end and the next one's indent together: a prompt without the indent would be
+    # another text than a model has seen.
+    texts = answers(complete, tokeniser, [f.before + f.indent for f in asked])
+    return [f.cut(f.indent + text) for f, text in zip(asked, texts)]
 
 
 def filled(complete, tokeniser, sides: Sequence[Sequence[str]]) -> list[str]:
-    """Return what a model puts between the two texts of each, of which the first loses spaces at its end."""
+    """Return what a model puts between the two texts of each; a line that is whole ends with it."""
+    # A line's end, and the indent after it, belong to the middle as they do in training.
     rows = [
-        [tokeniser.eod, *before_middle(tokeniser.encode(before.rstrip()), tokeniser.encode(after), tokeniser)]
-        for before, after in sides
+        [tokeniser.eod, *before_middle(tokeniser.encode(before), tokeniser.encode(line), tokeniser)]
+        for before, line in ((before, re.sub(LINE_END, "", after)) for before, after in sides)
     ]
     return [tokeniser.decode(ids) for ids in complete(rows)]
 
@@ -188,8 +195,9 @@ def hole(function: Function) -> tuple[str, str, str]:
     """Return what stands before the middle line of a body, that line alone, and what stands after it."""
     lines = [line for line in function.body.splitlines(keepends=True) if line.strip()]
     middle = len(lines) // 2
-    before = function.prompt + "".join(lines[:middle])
-    return before, lines[middle].strip(), "\n" + "".join(lines[middle + 1 :])
+    line = lines[middle]
+    before = function.before + "".join(lines[:middle]) + line[: _indent(line)]
+    return before, line.strip(), "\n" + "".join(lines[middle + 1 :])
 
 
 def functions(texts: Sequence[str]) -> Iterator[Function]:
@@ -205,7 +213,11 @@ def functions(texts: Sequence[str]) -> Iterator[Function]:
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) and len(node.body) > 1:
                 doc, start = ast.get_docstring(node), node.body[0].end_lineno
-                yield Function(lines, node.lineno - 1, start, node.end_lineno, doc if ">>>" in doc else "")
+                if node.body[1].lineno == start:
+                    continue  # its body stands on the docstring's line
+                line = lines[node.body[0].lineno - 1]
+                tests = doc if ">>>" in doc else ""
+                yield Function(lines, node.lineno - 1, start, node.end_lineno, line[: _indent(line)], tests)
 
 
 def judged(wanted: Sequence[Function], found: Sequence[str]) -> dict[str, float]:
