@@ -3,7 +3,8 @@
 Command: python launch.py --mode=import --config=configs/similarity.py --weights=DIR --workdir=runs/minilm
 Then: python launch.py --mode=evaluate --workdir=runs/minilm
       python launch.py --mode=generate --workdir=runs/minilm --sentence="One." --sentence="Another."
-Without --mode it trains a small encoder of its own (about 15 minutes on two CPU cores by estimate, not run).
+Without --mode it trains a small encoder of its own (27 minutes on one CPU core beside
+other work): mean reciprocal rank 0.23, where the most shared words have 0.31 and an imported MiniLM 0.47.
 """
 
 from ml_collections import ConfigDict
