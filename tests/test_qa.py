@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import flax.linen as nn
 import jax
@@ -18,7 +19,7 @@ from fastformer.data import DataConfig, stdlib
 from fastformer.data.corpus import Corpus
 from fastformer.data.doc_questions import Question, documented, open_questions, questions
 from fastformer.data.question_rows import QuestionRows, answer, question_row
-from fastformer.data.splits import split_of
+from fastformer.data.splits import SPLITS, split_of
 from fastformer.data.tokenisers import BPETokeniser, ByteTokeniser
 from fastformer.tasks import answer as answer_task
 from fastformer.tasks import qa
@@ -196,9 +197,21 @@ def test_it_is_trained_evaluated_and_asked(corpus, tmp_path, capsys):
     for wrong, message in (
         ({"question": ["x"]}, "--context: the task qa needs it"),
         ({"question": ["x"], "context": ["a", "b"]}, "--context: 2 for 1 questions"),
+        ({"question": ["x"], "context": ["add " * 500]}, r"--context: \d+ tokens .* model reads"),
     ):
         with pytest.raises(UserError, match=message):
             modes.generate(config, tmp_path, wrong)
+
+
+def test_answers_beyond_a_row_are_told(corpus):
+    assert "; 0 + 0 of the first 80 + 20 lose" in QuestionRows(corpus, ByteTokeniser(), 400, {}).description
+    data = QuestionRows(corpus, ByteTokeniser(), 100, {})
+    spans = [data._row(split, i)["span_2"].any() for split in SPLITS for i in range(data.counts[split])[:200]]
+    lost = re.search(r"; (\d+) \+ (\d+) of the first (\d+) \+ (\d+) lose", data.description).groups()
+    asked = [q for split in SPLITS for q in list(corpus.records(split))[:200] if q.start >= 0]
+    assert 0 < sum(map(int, lost[:2])) == len(asked) - sum(spans) and sum(map(int, lost[2:])) == len(spans)
+    with pytest.raises(UserError, match="config.data.length: a row of 20 tokens holds no answer"):
+        QuestionRows(corpus, ByteTokeniser(), 20, {})
 
 
 def test_quality_reads_the_spans_as_text(corpus):

@@ -171,6 +171,8 @@ def test_catalogues_are_read_and_mistakes_named(tmp_path):
     write_mo(tmp_path / "a.mo", {"ctx\x04Open": "Öffnen", "one\0many": "eins\0viele", "Close": "Schließen"})
     found = list(read_catalogue((tmp_path / "a.mo").read_bytes(), "a.mo"))
     assert sorted(found) == [("Close", "Schließen"), ("Open", "Öffnen")]
+    with pytest.raises(UserError, match="a.mo is no gettext catalogue"):
+        list(read_catalogue((tmp_path / "a.mo").read_bytes()[:-3], "a.mo"))
     (tmp_path / "b.mo").write_bytes(b"no catalogue at all")
     (tmp_path / "c" / "d.mo").mkdir(parents=True)
     wrong = {"a.mo": "1 catalogue", "c/**": "0 catalogue", "*.mo": "b.mo is no gettext catalogue"}

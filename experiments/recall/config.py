@@ -4,7 +4,7 @@ Question: how many of a row's key-value pairs can full attention, linear attenti
   delta rule recall, in the same small model trained on the same number of rows?
 Command: python launch.py --experiment=experiments/recall
 Hardware: 2 CPU cores
-Minutes: 80 (an estimate)
+Minutes: 75 (each run on one of them, beside other work)
 Expectation: softmax recalls all of 4 and of 16 pairs. linear (elu + 1) falls far below it, the further
   the more pairs there are; Based lies between, and with narrower keys, which make its state smaller,
   lower; the gated delta rule, which can replace what it has stored, lies close to softmax. (The delta rule
@@ -26,7 +26,7 @@ MIXERS = {
     "based": "Taylor features of keys of width 16, which make a state 153 wide",
     "based.4": "Taylor features of keys of width 4, which make a state 15 wide",
     "delta": "a matrix whose old values are replaced",
-    "gated_delta": "the same, and they fade",
+    "gated_delta": "a matrix whose old values are replaced and fade",
 }
 PAIRS = (4, 16)
 ARMS = {

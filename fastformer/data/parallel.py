@@ -102,6 +102,8 @@ def read_catalogue(data: bytes, path: str) -> Iterator[Pair]:
             pair = []
             for table in (sources, targets):
                 size, place = struct.unpack_from(f"{order}2I", data, table + 8 * index)
+                if place + size > len(data):
+                    raise struct.error("cut off")
                 pair.append(data[place : place + size].decode("utf-8"))
             message = pair[0].rpartition("\x04")[2]  # what stands before is its context
             if message and "\0" not in message:

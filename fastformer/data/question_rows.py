@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from fastformer.core.errors import UserError
 from fastformer.data.corpus import Corpus
 from fastformer.data.doc_questions import Question
 from fastformer.data.examples import Examples, Row
@@ -14,7 +15,7 @@ from fastformer.data.splits import SPLITS
 from fastformer.data.tokenisers import Tokeniser
 
 WORD = re.compile(r"\w+")
-SOME = 200  # questions that padding is counted in
+SOME = 200  # questions of a split that padding and lost answers are counted in
 
 
 class QuestionRows(Examples):
@@ -27,6 +28,9 @@ class QuestionRows(Examples):
 
     Attributes:
       questions: the held-out ones.
+
+    Raises:
+      UserError: no answer is within a row.
     """
 
     def __init__(self, corpus: Corpus, tokeniser: Tokeniser, length: int, yardsticks: Mapping[str, float]):
@@ -43,6 +47,9 @@ class QuestionRows(Examples):
         real = sum(len(_tokens(question, tokeniser, length)[0]) for question in some)
         share = 1 - real / max(len(some) * length, 1)
         self.description += f"; {100 * share:.1f} % padding in the first {len(some)} held out"
+        cut = [_lost(found[split][:SOME], tokeniser, length) for split in SPLITS]
+        of = " + ".join(str(len(found[split][:SOME])) for split in SPLITS)
+        self.description += f"; {cut[0]} + {cut[1]} of the first {of} lose their answer, cut to a row"
 
     def answers(self, spans: np.ndarray) -> list[str]:
         """Return the text of the spans ``[rows, 2]`` that were found for the first held-out questions."""
@@ -56,6 +63,32 @@ def _tokens(question: Question, tokeniser: Tokeniser, length: int) -> tuple[list
     """Return the tokens of a row, and where the context begins in them."""
     asked = [tokeniser.eod, *tokeniser.encode(question.question), tokeniser.eod]
     return (asked + tokeniser.encode(question.context))[:length], min(len(asked), length)
+
+
+def _lost(questions: Sequence[Question], tokeniser: Tokeniser, length: int) -> int:
+    """Return how many questions have their answer beyond the cut."""
+    answered = [question for question in questions if question.start >= 0]
+    lost = sum(not question_row(question, tokeniser, length)["span_2"].any() for question in answered)
+    if answered and lost == len(answered):
+        raise UserError(
+            f"config.data.length: a row of {length} tokens holds no answer of the first {len(questions)} "
+            "questions; give a larger one"
+        )
+    return lost
+
+
+def whole_row(question: Question, tokeniser: Tokeniser, length: int) -> Row:
+    """Return the row of a question whose context may not be cut.
+
+    Raises:
+      UserError: it would be.
+    """
+    size = len(tokeniser.encode(question.question)) + len(tokeniser.encode(question.context)) + 2
+    if size > length:
+        raise UserError(
+            f"--context: {size} tokens with its question, but the model reads {length} (config.data.length)"
+        )
+    return question_row(question, tokeniser, length)
 
 
 def question_row(question: Question, tokeniser: Tokeniser, length: int) -> Row:

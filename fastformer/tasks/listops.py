@@ -51,7 +51,7 @@ class ListOps(Probe, Classify):
         super().__post_init__()
         require(self.shortest >= 0, "shortest", self.shortest, "0 or more")
         enough = self.longest > max(self.shortest + 1, 5)
-        require(enough, "longest", self.longest, "5 or more and at least 2 above shortest")
+        require(enough, "longest", self.longest, "6 or more and at least 2 above shortest")
         require(self.depth >= 2, "depth", self.depth, "2 or more")
         require(self.arguments >= 2, "arguments", self.arguments, "2 or more")
 

@@ -17,7 +17,7 @@ from fastformer.core.wrapped import bare
 from fastformer.data.doc_questions import Question
 from fastformer.data.examples import stack
 from fastformer.data.pipeline import open_corpus
-from fastformer.data.question_rows import QuestionRows, answer, question_row
+from fastformer.data.question_rows import QuestionRows, answer, whole_row
 from fastformer.models import Head
 from fastformer.tasks.squad import measured, most_similar_sentence
 from fastformer.tasks.task import Batch, Task, apply
@@ -71,7 +71,7 @@ class QA(Task):
 
     def respond(self, complete, tokeniser, asked, model, params):
         records = matched(asked["question"], asked["context"])
-        batch = stack([question_row(record, tokeniser, model.length) for record in records])
+        batch = stack([whole_row(record, tokeniser, model.length) for record in records])
         spans = jax.jit(lambda params: self.totals(model, params, batch)["span_B2"])(params)
         found = (
             answer(record, span, tokeniser, model.length)

@@ -91,7 +91,11 @@ class Similarity(Task):
         texts = asked["sentence"]
         if len(texts) < 2:
             raise UserError("--sentence: one is compared with nothing; give two or more")
-        batch = stack([text_row(tokeniser.alone(text, model.length), model.length) for text in texts])
+        rows = [tokeniser.alone(text, len(text.encode("utf-8", "replace")) + 2) for text in texts]
+        longest = max(map(len, rows))
+        if longest > model.length:
+            raise UserError(f"--sentence: one of {longest} tokens, but the model reads {model.length}")
+        batch = stack([text_row(row, model.length) for row in rows])
         vector_BD = np.asarray(jax.jit(lambda params: unit(apply(model, params, batch, None)))(params))
         pairs = combinations(range(len(texts)), 2)
         return [f"{vector_BD[a] @ vector_BD[b]:.3f}  {texts[a]}  |  {texts[b]}" for a, b in pairs]
