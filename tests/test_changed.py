@@ -169,7 +169,7 @@ def test_a_hole_is_filled_in():
 
 
 def test_a_hole_is_cut_where_tokens_are():
-    """A line's end goes with the indent after it a word with the space before it: the model writes both."""
+    """A line's end goes with the indent after it, a word with the space before it: the model writes both."""
     tokeniser, rows = ByteTokeniser(), []
 
     def complete(prompts):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -43,12 +44,12 @@ class QuestionRows(Examples):
 
         counts = {split: len(some) for split, some in found.items()}
         super().__init__(corpus.title, counts, row, tokeniser.size, tokeniser, yardsticks)
-        some = found["heldout"][:SOME]
-        real = sum(len(_tokens(question, tokeniser, length)[0]) for question in some)
-        share = 1 - real / max(len(some) * length, 1)
-        self.description += f"; {100 * share:.1f} % padding in the first {len(some)} held out"
-        cut = [_lost(found[split][:SOME], tokeniser, length) for split in SPLITS]
-        of = " + ".join(str(len(found[split][:SOME])) for split in SPLITS)
+        some = {split: found[split][:SOME] for split in SPLITS}
+        real = sum(len(_tokens(question, tokeniser, length)[0]) for question in some["heldout"])
+        share = 1 - real / max(len(some["heldout"]) * length, 1)
+        self.description += f"; {100 * share:.1f} % padding in the first {len(some['heldout'])} held out"
+        cut = [_lost(some[split], tokeniser, length) for split in SPLITS]
+        of = " + ".join(str(len(some[split])) for split in SPLITS)
         self.description += f"; {cut[0]} + {cut[1]} of the first {of} lose their answer, cut to a row"
 
     def answers(self, spans: np.ndarray) -> list[str]:
@@ -68,7 +69,8 @@ def _tokens(question: Question, tokeniser: Tokeniser, length: int) -> tuple[list
 def _lost(questions: Sequence[Question], tokeniser: Tokeniser, length: int) -> int:
     """Return how many questions have their answer beyond the cut."""
     answered = [question for question in questions if question.start >= 0]
-    lost = sum(not question_row(question, tokeniser, length)["span_2"].any() for question in answered)
+    spans = (_span(question, *_tokens(question, tokeniser, length), tokeniser) for question in answered)
+    lost = sum(span == (0, 0) for span in spans)
     if answered and lost == len(answered):
         raise UserError(
             f"config.data.length: a row of {length} tokens holds no answer of the first {len(questions)} "
@@ -83,7 +85,7 @@ def whole_row(question: Question, tokeniser: Tokeniser, length: int) -> Row:
     Raises:
       UserError: it would be.
     """
-    size = len(tokeniser.encode(question.question)) + len(tokeniser.encode(question.context)) + 2
+    size = len(_tokens(question, tokeniser, sys.maxsize)[0])
     if size > length:
         raise UserError(
             f"--context: {size} tokens with its question, but the model reads {length} (config.data.length)"

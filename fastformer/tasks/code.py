@@ -133,7 +133,7 @@ class Code(Text):
                 f"--prompt: {HOLE} is for models trained with config.task.infill, once in each prompt"
             )
         # A space before a word is its token's: the model is asked to write it.
-        sides = [re.sub(r"(?<=\w) +<hole>", HOLE, prompt).split(HOLE) for prompt in prompts]
+        sides = [re.sub(rf"(?<=\w) +{HOLE}", HOLE, prompt).split(HOLE) for prompt in prompts]
         found = []
         for (before, after), text in zip(sides, filled(complete, tokeniser, sides)):
             found.append(before + (text.rstrip() if re.match(LINE_END, after) else text) + after)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -91,7 +92,7 @@ class Similarity(Task):
         texts = asked["sentence"]
         if len(texts) < 2:
             raise UserError("--sentence: one is compared with nothing; give two or more")
-        rows = [tokeniser.alone(text, len(text.encode("utf-8", "replace")) + 2) for text in texts]
+        rows = [tokeniser.alone(text, sys.maxsize) for text in texts]
         longest = max(map(len, rows))
         if longest > model.length:
             raise UserError(f"--sentence: one of {longest} tokens, but the model reads {model.length}")
