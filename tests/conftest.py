@@ -21,6 +21,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import jax  # noqa: E402
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
@@ -43,6 +44,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group(variant(item)))
     order = list(dict.fromkeys(variant(item) for item in items))
     items.sort(key=lambda item: order.index(variant(item)))
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """Return random numbers that are a test's own: the same whichever tests ran before it."""
+    return np.random.default_rng(0)
 
 
 _latest: list[tuple] = []

@@ -21,19 +21,18 @@ from fastformer.core.errors import UserError
 from fastformer.core.seq import whole
 from fastformer.core.trees import paths
 
-RNG = np.random.default_rng(0)
 CALIBRATION = Calibration(lambda: (batch(seed=seed) for seed in range(8)), tasks.Text().loss)
 SITE = Site("layer_0/x/weight", "BTD,DF->BTF", (12, 5), False)
 
 
-def correlated(tokens=200, inputs=12):
+def correlated(rng, tokens=200, inputs=12):
     """Return inputs of which some follow others, as those of a model do."""
-    mix = RNG.normal(size=(inputs, inputs)) * np.geomspace(3, 0.1, inputs)[:, None]
-    return (RNG.normal(size=(tokens, inputs)) @ mix).astype(np.float32)
+    mix = rng.normal(size=(inputs, inputs)) * np.geomspace(3, 0.1, inputs)[:, None]
+    return (rng.normal(size=(tokens, inputs)) @ mix).astype(np.float32)
 
 
-def test_the_factor_is_of_the_inverse():
-    gram = correlated().T @ correlated()
+def test_the_factor_is_of_the_inverse(rng):
+    gram = correlated(rng).T @ correlated(rng)
     gram = gram @ gram.T / 100
     U = np.asarray(inverse_factor(jnp.asarray(gram)), np.float64)
     damped = gram + 0.01 * np.mean(np.diagonal(gram)) * np.eye(12)
@@ -53,8 +52,8 @@ def brain_surgeon(weight, gram, numbers_of, gone_of=None):
     return weight
 
 
-def test_gptq_is_the_brain_surgeon_in_falling_order():
-    x, weight = correlated(), RNG.normal(size=(12, 5)).astype(np.float32)
+def test_gptq_is_the_brain_surgeon_in_falling_order(rng):
+    x, weight = correlated(rng), rng.normal(size=(12, 5)).astype(np.float32)
     gram = x.T @ x
     scale = np.broadcast_to(np.abs(weight).max(0) / 7.5, weight.shape).astype(np.float32)
     grid = lambda y: jnp.clip(jnp.round(y), -8, 7)  # noqa: E731
@@ -72,8 +71,8 @@ def test_gptq_is_the_brain_surgeon_in_falling_order():
     assert apart[0] < 0.8 * apart[1]
 
 
-def test_gptq_leaves_zeros_alone():
-    x, weight = correlated(), RNG.normal(size=(12, 5)).astype(np.float32)
+def test_gptq_leaves_zeros_alone(rng):
+    x, weight = correlated(rng), rng.normal(size=(12, 5)).astype(np.float32)
     weight[::2] = 0
     grid = jnp.round
     found = gptq(jnp.asarray(weight), jnp.full((12, 5), 0.1), jnp.asarray(x.T @ x), grid)
@@ -81,8 +80,8 @@ def test_gptq_leaves_zeros_alone():
 
 
 @pytest.mark.parametrize("kept_of", [(0, 0), (2, 4)])
-def test_sparsegpt_is_the_brain_surgeon(kept_of):
-    x, weight = correlated(), RNG.normal(size=(12, 5)).astype(np.float32)
+def test_sparsegpt_is_the_brain_surgeon(rng, kept_of):
+    x, weight = correlated(rng), rng.normal(size=(12, 5)).astype(np.float32)
     gram, gone = x.T @ x, np.zeros((12, 5), bool)
     size = kept_of[1] or 12
 
@@ -105,14 +104,15 @@ def test_sparsegpt_is_the_brain_surgeon(kept_of):
 
 
 @pytest.mark.parametrize("prune", [by_wanda, by_sparsegpt])
-def test_looking_at_text_beats_magnitude(prune):
-    x, weight = correlated(), RNG.normal(size=(12, 5)).astype(np.float32)
-    inputs = inputs_of(SITE, jnp.asarray(x)[None])
+def test_looking_at_text_beats_magnitude(rng, prune):
+    """Inputs of a model are of unlike sizes (2306.11695), and so the size of a weight alone says little."""
+    x, weight = correlated(rng) * np.geomspace(0.1, 10, 12), rng.normal(size=(12, 5)).astype(np.float32)
+    inputs = inputs_of(SITE, jnp.asarray(x, jnp.float32)[None])
     found = np.asarray(prune(SITE, jnp.asarray(weight), inputs, 0.5, (0, 0)))
     least = np.sort(np.abs(weight).ravel())[30]
     magnitude = np.where(np.abs(weight) >= least, weight, 0)
     apart = [np.linalg.norm(x @ (y - weight)) for y in (found, magnitude)]
-    assert (found == 0).mean() == 0.5 and apart[0] < 0.9 * apart[1]
+    assert (found == 0).mean() == 0.5 and apart[0] < 0.5 * apart[1]
 
 
 def test_wanda_by_hand():
@@ -127,12 +127,12 @@ def test_wanda_by_hand():
 
 @pytest.mark.parametrize("spec, shape", [("BTD,DHK->BTHK", (3, 2, 4)), ("BTHP,HPD->BTD", (2, 4, 3)),
                                          ("BTHK,HKR->BTHR", (2, 3, 4)), ("BTD,VD->BTV", (5, 3))])  # fmt: skip
-def test_blocks_are_what_the_product_sums_over(spec, shape):
+def test_blocks_are_what_the_product_sums_over(rng, spec, shape):
     site = Site("x/weight", spec, shape, False)
-    weight = RNG.normal(size=shape).astype(np.float32)
+    weight = rng.normal(size=shape).astype(np.float32)
     shared, summed, _ = letters_of(site)
     sizes = dict(zip(site.letters, shape)) | {"B": 2, "T": 3}
-    x = RNG.normal(size=[sizes[letter] for letter in spec.split(",")[0]]).astype(np.float32)
+    x = rng.normal(size=[sizes[letter] for letter in spec.split(",")[0]]).astype(np.float32)
     seen = inputs_of(site, jnp.asarray(x))
     matrices = blocks(site, jnp.asarray(weight))
     np.testing.assert_array_equal(unblocks(site, matrices), weight)
@@ -259,8 +259,8 @@ def test_scanned_layers_are_refused_before_training(tmp_path, method, settings):
         made(configured(tmp_path, method, model__scan=True, **settings))
 
 
-def test_padding_is_not_looked_at():
-    x = RNG.normal(size=(2, 3, 12)).astype(np.float32)
+def test_padding_is_not_looked_at(rng):
+    x = rng.normal(size=(2, 3, 12)).astype(np.float32)
     real = jnp.asarray([[True, True, False], [True, False, False]])
     found, wanted = inputs_of(SITE, jnp.asarray(x), real), inputs_of(SITE, jnp.asarray(x[real])[None])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, wanted)

@@ -21,7 +21,6 @@ from fastformer.models import Head
 from fastformer.train import loop, modes
 from fastformer.train.checkpoint import Checkpoints
 
-RNG = np.random.default_rng(0)
 BIGGER = {"model__layers": 2, "model__width": 32}
 
 
@@ -52,8 +51,8 @@ def learning(folder, teacher, **settings):
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
-def test_divergences_are_as_defined(name):
-    student, teacher = (RNG.normal(size=(2, 3, 7)).astype(np.float32) for _ in range(2))
+def test_divergences_are_as_defined(rng, name):
+    student, teacher = (rng.normal(size=(2, 3, 7)).astype(np.float32) for _ in range(2))
     temperature = 2.0
     p, q = (
         np.exp(x / temperature) / np.exp(x / temperature).sum(-1, keepdims=True) for x in (teacher, student)
@@ -68,10 +67,10 @@ def test_divergences_are_as_defined(name):
     np.testing.assert_allclose(of_logits(name, teacher, teacher, temperature), 0, atol=1e-5)
 
 
-def test_relations_do_not_depend_on_heads_width_or_other_segments():
-    x = RNG.normal(size=(1, 6, 4, 4)).astype(np.float32)
+def test_relations_do_not_depend_on_heads_width_or_other_segments(rng):
+    x = rng.normal(size=(1, 6, 4, 4)).astype(np.float32)
     segment = jnp.asarray([[1, 1, 1, 2, 2, 0]])
-    other = RNG.normal(size=(1, 6, 2, 16)).astype(np.float32)
+    other = rng.normal(size=(1, 6, 2, 16)).astype(np.float32)
     np.testing.assert_allclose(of_relations(x.reshape(1, 6, 2, 8), x, 2, segment), 0, atol=1e-6)
     far = of_relations(x, other, 2, segment)
     changed = np.concatenate([x[:, :3], 9 * x[:, 3:]], axis=1)
@@ -88,8 +87,8 @@ def test_relations_do_not_depend_on_heads_width_or_other_segments():
     np.testing.assert_allclose(far[0, 4], wanted, rtol=1e-4)
 
 
-def test_hidden_error_is_relative():
-    x, y = (RNG.normal(size=(1, 3, 8)).astype(np.float32) for _ in range(2))
+def test_hidden_error_is_relative(rng):
+    x, y = (rng.normal(size=(1, 3, 8)).astype(np.float32) for _ in range(2))
     np.testing.assert_allclose(of_hidden(x, y), ((x - y) ** 2).mean(-1) / (y**2).mean(-1), rtol=1e-4)
 
 
