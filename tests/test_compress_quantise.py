@@ -96,9 +96,8 @@ def test_int4_is_stored_in_the_range_of_int4_with_scales_by_output_or_group(fold
 
 
 @pytest.mark.parametrize("group", [4, 8])
-def test_stored_groups_are_multiplied_as_what_they_stand_for(group):
+def test_stored_groups_are_multiplied_as_what_they_stand_for(rng, group):
     site = Site("layer_0/mixer/out/weight", "BTHP,HPD->BTD", (3, 8, 16), False)
-    rng = np.random.default_rng(0)
     sizes = np.exp(2 * rng.standard_normal((3, 1, 1)))  # heads of other sizes need other scales
     weight = jnp.asarray(sizes * rng.standard_normal((3, 8, 16)), jnp.float32)
     x = jnp.asarray(rng.standard_normal((2, 5, 3, 8)), jnp.float32)

@@ -74,9 +74,8 @@ def test_linear_is_its_feature_map_where_that_is_small(shift):
     near(got, averaged(lambda q, k, t, s, heads: phi(q) @ phi(k), q, k, v))
 
 
-def test_hedgehog_is_a_softmax_of_features():
+def test_hedgehog_is_a_softmax_of_features(rng):
     q, k, v = parts()
-    rng = np.random.default_rng(0)
     maps = rng.normal(size=(4, 8, 8)).astype(np.float32), rng.normal(size=(2, 8, 8)).astype(np.float32)
 
     def phi(x, weight):

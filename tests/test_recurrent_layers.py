@@ -95,13 +95,12 @@ CASES["delta"] = (delta, {})
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_layer_is_its_papers(name):
+def test_a_layer_is_its_papers(rng, name):
     written, options = CASES[name]
     shared = {"heads": HEADS, "head_width": KEY, "short_conv": 0, "positions": "rope"}
     mixer, seq = make(name, options, shared), whole(1, TIME)
     x = np.asarray(jax.random.normal(jax.random.key(0), (1, TIME, WIDTH)))
     params = nn.unbox(jax.jit(mixer.init)(jax.random.key(1), x, seq)["params"])
-    rng = np.random.default_rng(0)
     params = jax.tree.map(lambda a: np.float32(a + 0.3 * rng.normal(size=a.shape)), params)
     named = {"/".join(key.key for key in path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
     weights = Weights({path: np.asarray(leaf, np.float64) for path, leaf in named.items()})

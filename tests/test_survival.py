@@ -75,8 +75,7 @@ def test_the_scale_stays_where_it_is_not_used():
     assert float(watched([np.inf, 1.0])[1].scale) == watching.FIRST_SCALE
 
 
-def test_a_spike_is_skipped_once_the_loss_is_known():
-    rng = np.random.default_rng(0)
+def test_a_spike_is_skipped_once_the_loss_is_known(rng):
     usual = list(3.0 + 0.1 * rng.standard_normal(40))
     assert all(watched([*usual, 9.0])[0])  # not asked to look
     taken, guard = watched([*usual, 9.0, 3.0, 9.0], spike=6.0)
